@@ -1,0 +1,61 @@
+"""Fine-tune all weights of Flan-T5 to summarise dialogues.
+
+accelerate launch train_full.py                                   # google/flan-t5-base on knkarthick/dialogsum
+accelerate launch train_full.py --demo                            # no network, minutes on two CPU cores
+accelerate launch --multi_gpu --num_processes 8 train_full.py     # the same training, eight times the GPUs
+accelerate launch train_full.py --train_file my.csv --validation_file dev.csv --output_dir out
+python train_full.py --help                                       # every setting
+"""
+
+import torch
+
+from utils.config import TrainingConfig
+from utils.data import fingerprint, load_rows, tokenize_rows
+from utils.launching import run_script, start_accelerator
+from utils.modeling import count_parameters, export_model, load_model, load_tokenizer
+from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.report import plot_loss_curve
+from utils.tracking import check_output_dir, start_run
+from utils.training import train
+
+
+def main(config: TrainingConfig):
+    check_output_dir(config)
+    train_rows = load_rows(config, "train", config.max_train_samples)
+    validation_rows = load_rows(config, "validation", config.max_eval_samples, optional=True)
+    accelerator = start_accelerator(config)
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    # fp32 weights under bf16 autocast: AdamW's small updates would be lost in bf16 weights.
+    model = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    train_data = tokenize_rows(accelerator, train_rows, tokenizer, config, "train")
+    validation_data = (
+        tokenize_rows(accelerator, validation_rows, tokenizer, config, "validation") if validation_rows else None
+    )
+    num_steps = num_train_steps(config, len(train_data))
+    num_parameters, num_trainable_parameters = count_parameters(model)
+    optimizer = build_optimizer(model, config)
+    lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    start_run(
+        accelerator,
+        config,
+        num_parameters=num_parameters,
+        num_trainable_parameters=num_trainable_parameters,
+        num_train_examples=len(train_data),
+        num_train_steps=num_steps,
+        data_fingerprint=fingerprint(train_rows, validation_rows),
+    )
+    train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config)
+    export_model(accelerator, model, tokenizer, config.output_dir)
+    if accelerator.is_main_process:
+        plot_loss_curve(config.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, TrainingConfig, "train_full.yaml")

@@ -1,0 +1,62 @@
+"""Fine-tune Flan-T5 with LoRA to summarise dialogues: frozen weights, a small trained adapter.
+
+accelerate launch train_lora.py                                   # google/flan-t5-base on knkarthick/dialogsum
+accelerate launch train_lora.py --demo                            # no network, minutes on two CPU cores
+accelerate launch --multi_gpu --num_processes 8 train_lora.py     # the same training, eight times the GPUs
+accelerate launch train_lora.py --train_file my.csv --validation_file dev.csv --output_dir out
+python train_lora.py --help                                       # every setting
+"""
+
+import torch
+
+from utils.config import LoraTrainingConfig
+from utils.data import fingerprint, load_rows, tokenize_rows
+from utils.launching import run_script, start_accelerator
+from utils.modeling import add_lora, count_parameters, export_model, load_model, load_tokenizer
+from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.report import plot_loss_curve
+from utils.tracking import check_output_dir, start_run
+from utils.training import train
+
+
+def main(config: LoraTrainingConfig):
+    check_output_dir(config)
+    train_rows = load_rows(config, "train", config.max_train_samples)
+    validation_rows = load_rows(config, "validation", config.max_eval_samples, optional=True)
+    accelerator = start_accelerator(config)
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    # The frozen base needs no small updates, so half the bytes do; the adapter on it is fp32.
+    base_dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    train_data = tokenize_rows(accelerator, train_rows, tokenizer, config, "train")
+    validation_data = (
+        tokenize_rows(accelerator, validation_rows, tokenizer, config, "validation") if validation_rows else None
+    )
+    num_steps = num_train_steps(config, len(train_data))
+    num_parameters, num_trainable_parameters = count_parameters(model)
+    optimizer = build_optimizer(model, config)
+    lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    start_run(
+        accelerator,
+        config,
+        num_parameters=num_parameters,
+        num_trainable_parameters=num_trainable_parameters,
+        num_train_examples=len(train_data),
+        num_train_steps=num_steps,
+        data_fingerprint=fingerprint(train_rows, validation_rows),
+    )
+    train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config)
+    export_model(accelerator, model, tokenizer, config.output_dir)
+    if accelerator.is_main_process:
+        plot_loss_curve(config.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, LoraTrainingConfig, "train_lora.yaml")

@@ -1,0 +1,202 @@
+"""Settings: one flat dataclass per script, read from the command line and from YAML.
+
+A value on the command line wins over `--config FILE.yaml`, which wins over `--demo`, which wins over the defaults.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SPLITS = ("train", "validation", "test")
+FP16_REFUSAL = "fp16 overflows in T5 and trains to NaN; use --mixed_precision bf16, or no on a device without bf16"
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: printed as one line, without a traceback, with exit code 2."""
+
+
+def setting(default: Any, help_text: str) -> Any:
+    """One field of a config, with its line of help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
+    train_file: str | None = setting(None, "csv, jsonl, json or parquet file to train on, instead of the hub's")
+    validation_file: str | None = setting(None, "file for the validation loss")
+    test_file: str | None = setting(None, "file that evaluate_rouge.py scores; the training scripts do not read it")
+    dialogue_column: str = setting("dialogue", "column that holds the dialogue")
+    summary_column: str = setting("summary", "column that holds the summary")
+    max_source_length: int = setting(1024, "longest prompt, in tokens; the dialogue's end is cut")
+    per_device_eval_batch_size: int = setting(32, "examples per process and forward pass when not training")
+    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
+    seed: int = setting(42, "seed of everything that is random")
+    overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
+    demo: bool = setting(False, "take the tiny model and data of demo/: no network, minutes on two CPU cores")
+
+    def __post_init__(self):
+        for name in ("max_source_length", "per_device_eval_batch_size"):
+            require_positive(self, name)
+        if self.seed < 0:
+            raise UserError(f"--seed must not be negative, got {self.seed}")
+        if self.dialogue_column == self.summary_column:
+            raise UserError(f"--dialogue_column and --summary_column are both {self.summary_column!r}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(DataConfig):
+    model_name_or_path: str = setting("google/flan-t5-base", "encoder-decoder model: hub name or folder")
+    output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
+    max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
+    total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
+    per_device_train_batch_size: int = setting(16, "most examples per process and forward pass")
+    num_train_epochs: int = setting(1, "passes over the training set")
+    max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
+    learning_rate: float = setting(1e-3, "highest learning rate of AdamW")
+    weight_decay: float = setting(0.01, "AdamW's weight decay, on matrices only")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = setting(
+        "linear", "shape of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = setting(0.0, "share of the updates over which the learning rate rises from 0")
+    max_grad_norm: float = setting(1.0, "largest L2 norm of the gradient")
+    logging_steps: int = setting(10, "optimizer updates between two train lines in metrics.jsonl")
+    eval_steps: int = setting(10, "optimizer updates between two validation losses")
+    mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
+    gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
+    dataloader_num_workers: int = setting(0, "worker processes that collate batches")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
+    max_train_samples: int | None = setting(None, "train on the first N rows only")
+    max_eval_samples: int | None = setting(None, "validate on the first N rows only")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_target_length", "total_train_batch_size", "per_device_train_batch_size", "num_train_epochs",
+                     "max_train_steps", "learning_rate", "max_grad_norm", "logging_steps", "eval_steps",
+                     "max_train_samples", "max_eval_samples"):  # fmt: skip
+            require_positive(self, name)
+        for name in ("weight_decay", "dataloader_num_workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.mixed_precision == "fp16":
+            raise UserError(f"--mixed_precision fp16: {FP16_REFUSAL}")
+
+
+@dataclass(frozen=True)
+class LoraTrainingConfig(TrainingConfig):
+    output_dir: str = setting("./flan-t5-base-dialogsum-lora", "folder for the adapter and the run's records")
+    lora_r: int = setting(32, "rank of the adapter's matrices")
+    lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
+    lora_dropout: float = setting(0.1, "dropout on the adapter's input")
+    lora_target_modules: list[str] = setting(["q", "v"], "names of the linear layers that get an adapter")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lora_r", "lora_alpha"):
+            require_positive(self, name)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(DataConfig):
+    models: list[str] = setting(
+        [
+            "original=google/flan-t5-base",
+            "full=./flan-t5-base-dialogsum-checkpoint",
+            "lora=./flan-t5-base-dialogsum-lora",
+        ],
+        "NAME=PATH_OR_HUB_ID of each model; a LoRA folder brings its base along",
+    )
+    predictions_file: str | None = setting(
+        None, "jsonl with id, prediction and maybe model: score these texts instead"
+    )
+    split: Literal["train", "validation", "test"] = setting("test", "split to summarise and score")
+    output_dir: str = setting("./rouge-report", "folder for predictions.jsonl and results.json")
+    max_eval_samples: int | None = setting(None, "score the first N rows only")
+    max_new_tokens: int = setting(128, "longest generated summary, in tokens")
+    num_beams: int = setting(1, "beams of the search; 1 is greedy")
+    example_index: int = setting(42, "row of the split to print with every model's summary")
+    use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights when generating")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_eval_samples", "max_new_tokens", "num_beams"):
+            require_positive(self, name)
+        if self.example_index < 0:
+            raise UserError(f"--example_index must not be negative, got {self.example_index}")
+        names = [model.partition("=")[0] for model in self.models]
+        for model, name in zip(self.models, names, strict=True):
+            if not name or not model.partition("=")[2]:
+                raise UserError(f"--models takes NAME=PATH_OR_HUB_ID, got {model!r}")
+            if names.count(name) > 1:
+                raise UserError(f"--models names {name!r} twice")
+
+
+def require_positive(config: DataConfig, name: str):
+    value = getattr(config, name)
+    if value is not None and not 0 < value < math.inf:  # `not <` also refuses nan
+        raise UserError(f"--{name} must be positive, got {value}")
+
+
+def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
+    """The config that `argv` asks for; UserError for an unknown or unreadable setting, with the nearest name."""
+    names = [item.name for item in fields(config_class)]
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of settings; the command line wins over it", metavar="FILE.yaml")
+    parser.error = _raise_user_error
+    yaml_names = [name for name in names if name != "demo"]
+    given, _ = parser.parse_known_args(argv)
+    from_demo = read_yaml(REPOSITORY / "demo" / demo_file, yaml_names) if given.demo else []
+    from_yaml = read_yaml(Path(given.config), yaml_names) if given.config else []
+    values, unknown = parser.parse_known_args([*from_demo, *from_yaml, *argv])
+    if unknown:
+        raise UserError(
+            f"unknown setting {unknown[0]}{nearest(unknown[0].partition('=')[0].lstrip('-'), names, '--')}"
+        )
+    return config_class(**{name: getattr(values, name) for name in names})
+
+
+def read_yaml(path: Path, names: list[str]) -> list[str]:
+    """A YAML file's settings as command line words, so that both are checked and converted by the same rules."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: expected lines of 'setting: value', found {type(settings).__name__}")
+    words = []
+    for name, value in settings.items():
+        if name not in names:
+            raise UserError(f"--config {path}: unknown setting {name!r}{nearest(str(name), names, '')}")
+        if isinstance(value, list):
+            words += [f"--{name}", *(_resolve(item) for item in value)]
+        elif value is not None:
+            words += [f"--{name}={_resolve(value)}"]
+    return words
+
+
+def _resolve(value: Any) -> str:
+    """The value as text; what lies in demo/ is found wherever the script is started from."""
+    before, equals, path = str(value).rpartition("=")
+    return f"{before}{equals}{REPOSITORY / path}" if path.startswith("demo/") else str(value)
+
+
+def nearest(name: str, names: list[str], prefix: str) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def _raise_user_error(message: str):
+    raise UserError(message)

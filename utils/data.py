@@ -1,0 +1,230 @@
+"""Load, check and tokenise dialogues, from the hub or from files.
+
+A row is a dict of `id`, `dialogue` and `summary`, all text. Whatever is wrong with one is a UserError that names file,
+row and column, before any model is loaded. Rows are counted from 1, the header not counted; in .jsonl a row is a line.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from utils.config import SPLITS, DataConfig, UserError, nearest
+from utils.hub import explain_hub_errors
+from utils.prompting import PROMPT_SUFFIX, build_prompt, clean_text
+
+logger = logging.getLogger(__name__)
+
+
+def load_rows(
+    config: DataConfig, split: str, max_samples: int | None = None, optional: bool = False
+) -> list[dict[str, str]]:
+    """The first `max_samples` rows of a split, checked; none if the split is optional and only others have a file."""
+    files = {name: getattr(config, f"{name}_file") for name in SPLITS}
+    if any(files.values()):
+        if files[split] is None and optional:
+            return []
+        if files[split] is None:
+            raise UserError(f"--{split}_file is missing: with files of one's own the hub's data set is not used")
+        source, numbered_rows = files[split], read_file(Path(files[split]))
+    else:
+        source = f"{config.dataset_name}[{split}]"
+        with explain_hub_errors("dataset_name", config.dataset_name, "data set"):
+            numbered_rows = list(enumerate(datasets.load_dataset(config.dataset_name, split=split), start=1))
+    if not numbered_rows:
+        raise UserError(f"{source} holds no rows")
+    return check_rows(numbered_rows[:max_samples], source, split, config)
+
+
+def read_file(path: Path) -> list[tuple[int, Any]]:
+    """(row number, row) of each row of a csv, jsonl, json or parquet file."""
+    if path.suffix not in (".csv", ".jsonl", ".json", ".parquet"):
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use .csv, .jsonl, .json or .parquet")
+    try:
+        if path.suffix == ".parquet":
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        text = content.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8") from error
+    if path.suffix == ".csv":
+        return parse_csv(text, path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return list(enumerate(parse_json(text, path), start=1))
+    # split("\n") and not splitlines(): JSON text may hold U+2028 and the like unescaped.
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, parse_json(line, path, number)) for number, line in lines if line.strip()]
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f"line {line or getattr(error, 'lineno', 1)}, column {getattr(error, 'colno', 1)}"
+        raise UserError(f"{path}, {where}: broken JSON: {getattr(error, 'msg', error)}") from error
+
+
+def parse_csv(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
+    # The standard library's reader and not pandas', which reads a dialogue "None" or "NA" as a missing value.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    rows = []
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue  # a blank line
+            if len(cells) != len(header):
+                raise UserError(f"{path}, row {len(rows) + 1}: {len(cells)} cells, but {len(header)} columns")
+            rows.append((len(rows) + 1, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}, row {len(rows) + 1} (line {reader.line_num}): broken csv: {error}") from error
+    return rows
+
+
+def check_rows(numbered_rows: Iterable[tuple[int, Any]], source: str, split: str, config: DataConfig) -> list[dict]:
+    """Rows of `id`, `dialogue` and `summary` under these names; rows without an id are named by split and number."""
+    rows, first_with_id = [], {}
+    for number, given in numbered_rows:
+        where = f"{source}, row {number}"
+        if not isinstance(given, dict):
+            raise UserError(f"{where}: expected an object with columns, found {type(given).__name__}")
+        row = {
+            name: read_text(given, getattr(config, f"{name}_column"), name, where) for name in ("dialogue", "summary")
+        }
+        row["id"] = str(given["id"]) if given.get("id") is not None else f"{split}_{number - 1}"
+        first_number, first_dialogue = first_with_id.setdefault(row["id"], (number, row["dialogue"]))
+        if row["dialogue"] != first_dialogue:
+            raise UserError(f"{where}, column 'id': {row['id']!r} is another dialogue's in row {first_number}")
+        rows.append(row)
+    return rows
+
+
+def read_text(row: dict, column: str, name: str, where: str) -> str:
+    if column not in row:
+        hint = nearest(column, [str(key) for key in row], "") or f"; set --{name}_column"
+        raise UserError(f"{where}: no column {column!r}, only {', '.join(map(str, row))}{hint}")
+    text = row[column]
+    if not isinstance(text, str):
+        raise UserError(f"{where}, column {column!r}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
+    if not clean_text(text):
+        raise UserError(f"{where}, column {column!r}: empty text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}, column {column!r}: half a surrogate pair at character {error.start}") from error
+    return clean_text(text)
+
+
+def group_by_dialogue(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Each distinct dialogue once, in order, with the `ids` of its rows, their summaries as `references`, and the
+    first of the ids as its `id`."""
+    groups = {}
+    for row in rows:
+        empty = {"id": row["id"], "dialogue": row["dialogue"], "ids": [], "references": []}
+        group = groups.setdefault(row["dialogue"], empty)
+        group["ids"].append(row["id"])
+        group["references"].append(row["summary"])
+    return list(groups.values())
+
+
+def load_predictions(path: Path, dialogues: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """`predictions[model]`, a text for each dialogue in its order, from a file of `id`, `prediction`, maybe `model`.
+
+    The id may be that of any of the dialogue's rows; a system that wrote one text for each row must have written the
+    same for all rows of a dialogue.
+    """
+    index_of = {row_id: index for index, dialogue in enumerate(dialogues) for row_id in dialogue["ids"]}
+    texts = {}
+    for number, row in read_file(path):
+        where = f"{path}, row {number}"
+        for column in ("id", "prediction"):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                raise UserError(f"{where}, column {column!r}: expected text")
+        index = index_of.get(row["id"])
+        if index is None:
+            raise UserError(f"{where}, column 'id': {row['id']!r} is not among the rows that are scored")
+        of_model = texts.setdefault(str(row.get("model") or "predictions"), {})
+        if of_model.setdefault(index, row["prediction"]) != row["prediction"]:
+            raise UserError(
+                f"{where}, column 'prediction': another text than before for the dialogue of {row['id']!r}"
+            )
+    if not texts:
+        raise UserError(f"{path} holds no rows")
+    for model, of_model in texts.items():
+        missing = [dialogue["id"] for index, dialogue in enumerate(dialogues) if index not in of_model]
+        if missing:
+            raise UserError(f"{path}: model {model!r} has no text for {len(missing)} ids: {', '.join(missing[:10])}")
+    return {model: [of_model[index] for index in range(len(dialogues))] for model, of_model in texts.items()}
+
+
+def fingerprint(*parts: Any) -> str:
+    """A SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list, list]:
+    """(input_ids, lengths before truncation) of each dialogue's prompt; truncation cuts the dialogue's end, never
+    the words after it that ask for the summary."""
+    suffix_ids = tokenizer(PROMPT_SUFFIX).input_ids
+    if max_length <= len(suffix_ids):
+        raise UserError(f"--max_source_length must be over {len(suffix_ids)}, got {max_length}")
+    prompt_ids = tokenizer([build_prompt(dialogue) for dialogue in dialogues]).input_ids
+    cut = [ids if len(ids) <= max_length else ids[: max_length - len(suffix_ids)] + suffix_ids for ids in prompt_ids]
+    return cut, [len(ids) for ids in prompt_ids]
+
+
+def tokenize_rows(
+    accelerator: Accelerator, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, config: Any, split: str
+) -> datasets.Dataset:
+    """The rows as `id`, `input_ids` (at most max_source_length) and `labels` (at most max_target_length), in their
+    order. The main process tokenises and writes them to the cache of `datasets`; the others read them there."""
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        input_ids, source_lengths = tokenize_prompts(batch["dialogue"], tokenizer, config.max_source_length)
+        full = tokenizer(text_target=batch["summary"]).input_ids
+        cut = tokenizer(text_target=batch["summary"], truncation=True, max_length=config.max_target_length).input_ids
+        return {
+            "input_ids": input_ids, "labels": cut,
+            "uncut_source_length": source_lengths, "uncut_target_length": [len(ids) for ids in full],
+        }  # fmt: skip
+
+    content = fingerprint(
+        rows,
+        build_prompt("{}"),
+        tokenizer.backend_tokenizer.to_str(),
+        config.max_source_length,
+        config.max_target_length,
+    )
+    cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
+    with accelerator.main_process_first():
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        tokens = datasets.Dataset.from_list(rows).map(
+            tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split
+        )
+    source_lengths, target_lengths = np.array(tokens["uncut_source_length"]), np.array(tokens["uncut_target_length"])
+    if accelerator.is_main_process:
+        logger.info(
+            "%s: %d examples, source tokens mean %.0f longest %d, target tokens mean %.0f longest %d, "
+            "truncated: %d sources at %d, %d targets at %d",
+            split, len(tokens), source_lengths.mean(), source_lengths.max(),
+            target_lengths.mean(), target_lengths.max(),
+            (source_lengths > config.max_source_length).sum(), config.max_source_length,
+            (target_lengths > config.max_target_length).sum(), config.max_target_length,
+        )  # fmt: skip
+    return tokens.remove_columns(["uncut_source_length", "uncut_target_length"])

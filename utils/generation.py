@@ -1,0 +1,59 @@
+"""Summaries of dialogues, generated once per distinct dialogue and shared out over the processes."""
+
+import logging
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.batching import deal
+from utils.config import EvaluationConfig
+from utils.data import tokenize_prompts
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def generate_summaries(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: list[str],
+    config: EvaluationConfig,
+    name: str,
+) -> list[str]:
+    """A summary of each dialogue, on every process.
+
+    The batches do not depend on the number of processes, only who computes them does: so the texts do not either.
+    """
+    distinct = list(dict.fromkeys(dialogues))
+    prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length)
+    num_cut = sum(length > config.max_source_length for length in lengths)
+    if accelerator.is_main_process:
+        logger.info(
+            "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
+        )
+    longest_first = sorted(range(len(prompt_ids)), key=lambda index: (-len(prompt_ids[index]), index))
+    size = config.per_device_eval_batch_size
+    batches = [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
+    mine = deal(batches, accelerator.process_index, accelerator.num_processes)
+    model.to(accelerator.device).eval()
+    texts = []
+    for batch in tqdm(mine, desc=name, unit="batch", disable=not accelerator.is_main_process):
+        input_ids = [torch.tensor(prompt_ids[index]) for index in batch]
+        padded = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
+        output_ids = model.generate(
+            input_ids=padded.to(accelerator.device),
+            attention_mask=mask.to(accelerator.device),
+            max_new_tokens=config.max_new_tokens,
+            num_beams=config.num_beams,
+            do_sample=False,
+        )
+        texts += zip(batch, tokenizer.batch_decode(output_ids, skip_special_tokens=True), strict=True)
+    # By index and not by order of arrival: processes may have had unequal numbers of batches.
+    summaries = {distinct[index]: text.strip() for index, text in gather_object(texts)}
+    return [summaries[dialogue] for dialogue in dialogues]

@@ -1,0 +1,56 @@
+"""What to tell the user when the Hugging Face hub does not give what a script asks for."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+from huggingface_hub import constants
+
+from utils.config import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def explain_hub_errors(setting: str, name: str, kind: str) -> Iterator[None]:
+    """Turn what the libraries raise while they load `name` (a "model" or a "data set") into a UserError that says
+    what is missing, where it was looked for and what to do."""
+    if not Path(name).is_dir() and not constants.HF_HUB_OFFLINE:
+        # Said beforehand: without a network the libraries retry for half a minute, even with everything cached.
+        logger.info("asking %s for %s %s (HF_HUB_OFFLINE=1 uses the cache alone)", constants.ENDPOINT, kind, name)
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--{setting} {name}: {_explain(error, name, kind)}") from error
+
+
+def _explain(error: Exception, name: str, kind: str) -> str:
+    message = " ".join(str(error).split())
+    if Path(name).exists():
+        return f"cannot be loaded as a {kind}: {message}"
+    if kind == "model":
+        cache = constants.HF_HUB_CACHE
+        load = (
+            "import transformers as t; t.AutoTokenizer.from_pretrained(n); t.AutoModelForSeq2SeqLM.from_pretrained(n)"
+        )
+    else:
+        cache = datasets.config.HF_DATASETS_CACHE
+        load = "from datasets import load_dataset; load_dataset(n)"
+    download = f"load it once where there is a network: python -c \"n='{name}'; {load}\""
+    if constants.HF_HUB_OFFLINE:
+        return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids to ask the hub; {download}"
+    causes = []
+    cause = error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__} {cause}")
+        cause = cause.__cause__ or cause.__context__
+    everything = " ".join(causes)
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError) or "RepositoryNotFoundError" in everything:
+        return f"no such {kind} at {constants.ENDPOINT}, or a private one (hf auth login); a folder must exist"
+    if "Connect" in everything or "Timeout" in everything:
+        return f"{constants.ENDPOINT} cannot be reached, and it is not whole in the cache {cache}; {download}"
+    return message

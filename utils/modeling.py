@@ -1,0 +1,115 @@
+"""Load a model and its tokenizer, add LoRA, count parameters, export what was trained."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.config import LoraTrainingConfig, UserError
+from utils.hub import explain_hub_errors
+
+logger = logging.getLogger(__name__)
+CONFIG_FILES = ("config.json", "adapter_config.json")
+
+
+def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> PreTrainedTokenizerBase:
+    with explain_hub_errors(setting, name_or_path, "model"):
+        return AutoTokenizer.from_pretrained(name_or_path)
+
+
+def load_model(
+    name_or_path: str, attn_implementation: str, dtype: torch.dtype, setting: str = "model_name_or_path"
+) -> PreTrainedModel:
+    """An encoder-decoder model, or the one that a LoRA folder adapts with the adapter merged into it."""
+    check_folder(name_or_path, setting)
+    if Path(name_or_path).is_dir():
+        name_or_path = str(Path(name_or_path).resolve())  # an adapter remembers it, wherever it is used from
+    with explain_hub_errors(setting, name_or_path, "model"):
+        if (Path(name_or_path) / "adapter_config.json").is_file():
+            base_name = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+            base = load_model(base_name, attn_implementation, dtype, f"{setting} {name_or_path}, its base")
+            return PeftModel.from_pretrained(base, name_or_path).merge_and_unload()
+        config = AutoConfig.from_pretrained(name_or_path)
+        if not config.is_encoder_decoder:
+            raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    return keep_untied_head(model)
+
+
+def check_folder(name_or_path: str, setting: str, advice: str = ""):
+    """UserError for a path that is not there; the libraries would take it for a hub name."""
+    path = Path(name_or_path)
+    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith(".") or path.exists()):
+        raise UserError(f"--{setting} {name_or_path}: no such folder{advice}")
+
+
+def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, its config saying whether the head is the embedding.
+
+    transformers 5 sets `tie_word_embeddings` in every T5 config, whatever the checkpoint holds. Flan-T5's head is its
+    own: a later `tie_weights()` would destroy it, and a config that says otherwise misleads other versions.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
+    """The model with its weights frozen and a trainable fp32 adapter beside each target module."""
+    lora_config = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+    )
+    try:
+        return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {error}") from error
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters, a shared one counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
+    """Write the full model, or the adapter alone, and the tokenizer into `folder`, whole or not at all: they are first
+    written beside, loaded as anybody would load them and compared with what was trained."""
+    state_dict = accelerator.get_state_dict(model)  # a collective: every process calls it
+    if not accelerator.is_main_process:
+        return
+    model = accelerator.unwrap_model(model)
+    if not isinstance(model, PeftModel):
+        keep_untied_head(model)
+    folder = Path(folder)
+    unchecked = folder / "export.unchecked"
+    shutil.rmtree(unchecked, ignore_errors=True)
+    model.save_pretrained(unchecked, state_dict=state_dict)
+    tokenizer.save_pretrained(unchecked)
+    (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    compare_with_folder(state_dict, unchecked)
+    # The config last: a folder without it does not pass for a finished model.
+    for path in sorted(unchecked.iterdir(), key=lambda path: path.name in CONFIG_FILES):
+        path.replace(folder / path.name)
+    unchecked.rmdir()
+    logger.info("saved %s, reloaded and found equal to what was trained", folder)
+
+
+def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
+    """RuntimeError unless stock transformers reads from `folder` the very tensors of `state_dict`."""
+    saved = AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict()
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("base_model.model.")  # PEFT's wrapper
+        # A frozen base may be kept in bf16 while its checkpoint is fp32.
+        if name not in saved or not torch.equal(saved[name].to(tensor.dtype), tensor.cpu()):
+            raise RuntimeError(f"{folder} does not load as it was trained: {name} differs")

@@ -1,0 +1,32 @@
+"""The optimizer, its schedule, and how many updates they are for."""
+
+import math
+
+import torch
+from transformers import get_scheduler
+
+from utils.batching import num_steps_per_epoch
+from utils.config import TrainingConfig
+
+
+def num_train_steps(config: TrainingConfig, num_examples: int) -> int:
+    """Optimizer updates of the run."""
+    steps = config.num_train_epochs * num_steps_per_epoch(num_examples, config.total_train_batch_size)
+    return config.max_train_steps or steps
+
+
+def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable, with weight decay on matrices alone, not on the layer norms' scales."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
+    groups = [group for group in (matrices, vectors) if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Stepped once per update. Not to be prepared: Accelerate would step it once per process."""
+    num_warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps, num_steps)

@@ -1,0 +1,118 @@
+"""What a run says while it goes on: the console, metrics.jsonl, run_manifest.json and a tracker."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from utils.config import REPOSITORY, TrainingConfig, UserError
+
+logger = logging.getLogger(__name__)
+LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")
+RUN_FILES = (
+    "metrics.jsonl", "run_manifest.json", "loss_curve.png",
+    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "spiece.model",
+    "predictions.jsonl", "results.json",
+)  # fmt: skip
+RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker")
+
+
+def check_output_dir(config: Any):
+    """UserError if output_dir holds a run and may not be overwritten, or cannot be written. Writes nothing."""
+    folder = Path(config.output_dir)
+    held = find_run_files(folder)
+    if held and not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder} holds a run already ({held[0].name}): take another, or --overwrite_output_dir"
+        )
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: cannot write to {parent}")
+
+
+def find_run_files(folder: Path) -> list[Path]:
+    """What an earlier run left in the folder; other people's files are not among it."""
+    return [path for pattern in (*RUN_FILES, *RUN_FOLDERS) for path in folder.glob(pattern)]
+
+
+def clear_output_dir(accelerator: Accelerator, config: Any):
+    """Make output_dir, without what an earlier run left in it. To be called once all that can be wrong is checked."""
+    accelerator.wait_for_everyone()  # so that no process still looks for an earlier run
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in find_run_files(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    accelerator.wait_for_everyone()
+
+
+def start_run(accelerator: Accelerator, config: TrainingConfig, **facts: Any):
+    """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `facts`."""
+    clear_output_dir(accelerator, config)
+    settings = dataclasses.asdict(config)
+    manifest = {
+        **facts,
+        "num_processes": accelerator.num_processes,
+        "strategy": accelerator.distributed_type.value,
+        "device": accelerator.device.type,
+        "settings": settings,
+        **describe_software(),
+    }
+    if accelerator.is_main_process:
+        write_json(Path(config.output_dir) / "run_manifest.json", manifest)
+        logger.info(", ".join(f"{name} {value:,}" for name, value in facts.items() if isinstance(value, int)))
+    if config.report_to != "none":
+        flat = {
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
+        }
+        accelerator.init_trackers("dialogsum", flat)
+
+
+def describe_software() -> dict[str, Any]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return {
+        "library_versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "python_version": platform.python_version(),
+        "git_commit": git.stdout.strip() if git.returncode == 0 else None,
+    }
+
+
+def write_json(path: Path, value: Any):
+    """Write the whole file or leave what was there."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_jsonl(path: Path, rows: list[dict]):
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    unfinished.replace(path)
+
+
+def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
+    """Append one line to metrics.jsonl, and tell the tracker."""
+    if accelerator.is_main_process:
+        with (Path(config.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        logger.info("step %d %s loss %.4f", step, split, metrics["loss"])
+    accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+
+
+def measure_peak_memory(accelerator: Accelerator) -> float:
+    """Most memory that this process has held, in MiB: on a GPU what PyTorch allocated there, else resident memory."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # getrusage counts KiB on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
