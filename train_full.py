@@ -29,7 +29,7 @@ def main(config: TrainingConfig):
     # fp32 weights under bf16 autocast: AdamW's small updates would be lost in bf16 weights.
     model = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
     train_data = tokenize_rows(accelerator, train_rows, tokenizer, config, "train")
     validation_data = (

@@ -30,7 +30,7 @@ def main(config: LoraTrainingConfig):
     base_dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
     train_data = tokenize_rows(accelerator, train_rows, tokenizer, config, "train")
     validation_data = (

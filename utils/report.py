@@ -5,19 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # no display on a cluster
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before)
-
-from utils.rouge import METRICS, PROTOCOLS  # noqa: E402
+from utils.rouge import METRICS, PROTOCOLS
 
 
 def plot_loss_curve(output_dir: str | Path):
     """Draw the losses in output_dir/metrics.jsonl as output_dir/loss_curve.png."""
     lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot's, which looks for a display
+    axes = figure.subplots()
     for split, style in (("train", "-"), ("validation", "o-")):
         points = [(line["step"], line["loss"]) for line in metrics if line["split"] == split]
         if points:
@@ -26,7 +24,6 @@ def plot_loss_curve(output_dir: str | Path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(Path(output_dir) / "loss_curve.png", dpi=150)
-    plt.close(figure)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")
 RUN_FILES = (
     "metrics.jsonl", "run_manifest.json", "loss_curve.png",
-    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "spiece.model",
+    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "model.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "spiece.model",
     "predictions.jsonl", "results.json",
 )  # fmt: skip
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker")

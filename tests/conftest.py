@@ -1,0 +1,93 @@
+"""What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# The libraries read these when they are imported: the tests leave the user's caches and the network alone.
+HF_HOME = tempfile.TemporaryDirectory()
+os.environ |= {"HF_HOME": HF_HOME.name, "HF_HUB_OFFLINE": "1"}
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only get into each other's way
+
+import pytest
+import torch
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DIALOGSUM = REPOSITORY.parent / "shared" / "dialogsum"
+WORDS = "the a to at on will can you I meet lend sell station park library Monday Friday guitar ladder tent".split()
+
+
+def write_flan_t5(folder: Path, **shape: float) -> Path:
+    """A model folder with random weights and, as Flan-T5's, an lm_head of its own and a config that says so."""
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, dropout_rate=0.1,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+    config = T5Config(**(settings | shape))
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Dialogues of 2 to 60 words with summaries of 1 to 25, so that no two micro-batches weigh the same."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(num_rows):
+        turns = [" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(2)]
+        dialogue = "\n".join(f"#Person{speaker}#: {turn}." for speaker, turn in enumerate(turns, start=1))
+        summary = " ".join(rng.choices(WORDS, k=rng.randint(1, 25)))
+        rows.append({"id": f"row_{index}", "dialogue": dialogue, "summary": summary})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def flan_t5(tmp_path_factory) -> Path:
+    return write_flan_t5(tmp_path_factory.mktemp("flan_t5"))
+
+
+@pytest.fixture(scope="session")
+def data_files(tmp_path_factory) -> dict[str, Path]:
+    """Files of 40 train, 9 validation and 12 test rows; the test dialogues come three times."""
+    folder = tmp_path_factory.mktemp("data")
+    test_rows = [
+        {"id": f"test_{index}_{number}", "dialogue": row["dialogue"], "summary": f"{row['summary']} {number}"}
+        for index, row in enumerate(make_rows(4, seed=2))
+        for number in (1, 2, 3)
+    ]
+    return {
+        "train": write_rows(folder / "train.jsonl", make_rows(40)),
+        "validation": write_rows(folder / "validation.jsonl", make_rows(9, seed=1)),
+        "test": write_rows(folder / "test.jsonl", test_rows),
+    }
+
+
+def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, **environment: str):
+    """Run a script and its arguments in a process of its own, or in several on gloo; returns the finished process."""
+    launcher = [sys.executable]
+    if num_processes > 1:  # `accelerate launch --cpu --num_processes 2` runs one, and says nothing
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    settings = {"ACCELERATE_USE_CPU": "true"} | environment
+    command = [*launcher, *map(str, words)]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | settings, capture_output=True, text=True, timeout=timeout
+    )

@@ -1,0 +1,920 @@
+"""A user's mistakes: each is one line on stderr that names what is wrong, exit code 2, and no file touched. And what
+only looks like a mistake, which must work."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from conftest import REPOSITORY, make_rows, read_jsonl, write_rows
+from huggingface_hub import constants
+from transformers import AutoTokenizer, BertConfig, GPT2Config
+
+import evaluate_rouge
+import train_full
+import train_lora
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError, parse_config
+from utils.data import load_rows
+from utils.launching import run_script
+from utils.prompting import PROMPT_SUFFIX
+
+SCRIPTS = {
+    "train_full": (train_full.main, TrainingConfig),
+    "train_lora": (train_lora.main, LoraTrainingConfig),
+    "evaluate_rouge": (evaluate_rouge.main, EvaluationConfig),
+}
+TRAINING = ("train_full", "train_lora")
+FP16_REASON = "fp16 overflows in T5 and trains to NaN; use --mixed_precision bf16, or no on a device without bf16"
+GOOD = {"id": "a", "dialogue": "#Person1#: Hi.", "summary": "A greeting."}
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+both_trainings = pytest.mark.parametrize("script", TRAINING)
+
+
+def start(script: str, *words: str | Path):
+    """The script's entry point, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        try:
+            run_script(*SCRIPTS[script], f"{script}.yaml")
+        finally:  # the next start may ask for another precision
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything in the folder, byte for byte; None for a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to start the scripts from."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def refuse(here, capsys):
+    """Start a script that must refuse; returns its message, having checked that it did nothing else."""
+
+    def refuse(script: str, *words: str | Path) -> str:
+        before = snapshot(here)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            start(script, *words)
+        written = capsys.readouterr()
+        assert stop.value.code == 2
+        assert written.out == ""
+        prefix = f"{script}.py: error: "
+        assert written.err.startswith(prefix) and written.err.endswith("\n")
+        message = written.err.removeprefix(prefix)[:-1]
+        assert len(message.splitlines()) == 1, message
+        assert snapshot(here) == before
+        return message
+
+    return refuse
+
+
+def name_data(script: str, path: str | Path) -> list[str]:
+    return [f"--{'test' if script == 'evaluate_rouge' else 'train'}_file={path}"]
+
+
+def name_model(script: str, path: str | Path) -> list[str]:
+    return [f"--models=m={path}"] if script == "evaluate_rouge" else [f"--model_name_or_path={path}"]
+
+
+def model_setting(script: str) -> str:
+    return "--models m" if script == "evaluate_rouge" else "--model_name_or_path"
+
+
+def lines(*rows: object) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(*rows: dict, **columns: pyarrow.Array) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns) if columns else pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+NOT_UTF8_COLUMN = pyarrow.array([b"Hi", b"\xff"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+FOLDER = object()
+CSV_HEADER = b"id,dialogue,summary\n"
+BAD_FILES = {
+    "missing csv": ("rows.csv", None, ": no such file"),
+    "missing parquet": ("rows.parquet", None, ": no such file"),
+    "missing below a folder that is missing": ("no/rows.jsonl", None, ": no such file"),
+    "folder": ("rows.csv", FOLDER, ": cannot be read: [Errno 21] Is a directory: 'rows.csv'"),
+    "folder without suffix": ("rows", FOLDER, ": unknown kind of file ''; use .csv, .jsonl, .json or .parquet"),
+    "unknown suffix": ("rows.txt", b"a", ": unknown kind of file '.txt'; use .csv, .jsonl, .json or .parquet"),
+    "empty csv": ("rows.csv", b"", " holds no rows"),
+    "header only": ("rows.csv", CSV_HEADER, " holds no rows"),
+    "empty jsonl": ("rows.jsonl", b"", " holds no rows"),
+    "blank lines only": ("rows.jsonl", b"\n \n", " holds no rows"),
+    "empty list": ("rows.json", b"[]", " holds no rows"),
+    "empty parquet": ("rows.parquet", b"", ": cannot be read: "),
+    "parquet without rows": (
+        "rows.parquet",
+        parquet(dialogue=pyarrow.array([], pyarrow.string()), summary=pyarrow.array([], pyarrow.string())),
+        " holds no rows",
+    ),
+    "broken parquet": ("rows.parquet", parquet(GOOD)[:-20], ": cannot be read: "),
+    "csv called parquet": ("rows.parquet", CSV_HEADER + b"a,b,c\n", ": cannot be read: "),
+    "wrong column": (
+        "rows.jsonl",
+        lines({"id": "a", "dialog": "Hi.", "summary": "A greeting."}),
+        ", row 1: no column 'dialogue', only id, dialog, summary; did you mean dialog?",
+    ),
+    "column with no name near": (
+        "rows.jsonl",
+        lines({"id": "a", "text": "Hi.", "summary": "A greeting."}),
+        ", row 1: no column 'dialogue', only id, text, summary; set --dialogue_column",
+    ),
+    "wrong column in csv": (
+        "rows.csv",
+        b"dialogue,sumary\nHi.,A greeting.\n",
+        ", row 1: no column 'summary', only dialogue, sumary; did you mean sumary?",
+    ),
+    "column name of two lines": ("rows.csv", b'"dialogue\n(text)",summary\nHi.,A greeting.\n', ", row 1: no column"),
+    "column missing in a later row": ("rows.jsonl", lines(GOOD, {"dialogue": "Hi."}), ", row 2: no column 'summary'"),
+    "empty dialogue": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,,c\n", ", row 2, column 'dialogue': empty text"),
+    "blank summary": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"summary": " \n\t"}),
+        ", row 2, column 'summary': empty text",
+    ),
+    "number": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"dialogue": 7}),
+        ", row 2, column 'dialogue': expected text, found int '7'",
+    ),
+    "not a number": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"summary": float("nan")}),
+        ", row 2, column 'summary': expected text, found float 'nan'",
+    ),
+    "null": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"summary": None}),
+        ", row 2, column 'summary': expected text, found NoneType 'None'",
+    ),
+    "list": (
+        "rows.json",
+        json.dumps([GOOD, GOOD | {"dialogue": ["Hi.", "Hello."]}]).encode(),
+        ", row 2, column 'dialogue': expected text, found list",
+    ),
+    "nested": (
+        "rows.jsonl",
+        lines(GOOD | {"dialogue": {"speaker": "Hi."}}),
+        ", row 1, column 'dialogue': expected text, found dict",
+    ),
+    "null in parquet": (
+        "rows.parquet",
+        parquet(GOOD, GOOD | {"dialogue": None}),
+        ", row 2, column 'dialogue': expected text, found NoneType 'None'",
+    ),
+    "number in parquet": (
+        "rows.parquet",
+        parquet(GOOD | {"summary": 1.5}),
+        ", row 1, column 'summary': expected text, found float '1.5'",
+    ),
+    "bytes in parquet": (
+        "rows.parquet",
+        parquet(GOOD | {"summary": b"Hi"}),
+        ", row 1, column 'summary': expected text, found bytes",
+    ),
+    "broken JSON line": (
+        "rows.jsonl",
+        lines(GOOD) + b'\n{"id": "b", "dialogue": "Hi.\n' + lines(GOOD),
+        ", line 3, column 25: broken JSON: ",
+    ),
+    "two objects in a line": (
+        "rows.jsonl",
+        lines(GOOD) + lines(GOOD).strip() + lines(GOOD),
+        f", line 2, column {len(lines(GOOD))}: broken JSON: Extra data",
+    ),
+    "broken JSON list": ("rows.json", b'[\n{"id": "a",\n]\n', ", line 3, column 1: broken JSON: "),
+    "JSON number too long to read": ("rows.jsonl", lines(GOOD) + b"1" * 5000, ", line 2, column 1: broken JSON: "),
+    "JSON too deep to read": ("rows.jsonl", lines(GOOD) + b"[" * 100_000, ", line 2, column 1: broken JSON: "),
+    "row that is a list": ("rows.jsonl", lines(GOOD, [1]), ", row 2: expected an object with columns, found list"),
+    "row that is text": ("rows.json", b'["Hi."]', ", row 1: expected an object with columns, found str"),
+    "row that is null": ("rows.jsonl", lines(None), ", row 1: expected an object with columns, found NoneType"),
+    "undecodable csv": ("rows.csv", CSV_HEADER + "a,Hi.,é\n".encode("latin-1"), ", line 2: byte 0xe9 is not UTF-8"),
+    "undecodable jsonl": ("rows.jsonl", lines(GOOD, GOOD) + b"\xff\xfe", ", line 3: byte 0xff is not UTF-8"),
+    "utf-16": ("rows.csv", CSV_HEADER.decode().encode("utf-16"), ", line 1: byte 0xff is not UTF-8"),
+    "undecodable parquet": (
+        "rows.parquet",
+        parquet(dialogue=NOT_UTF8_COLUMN, summary=pyarrow.array(["a", "b"])),
+        ": cannot be read: ",
+    ),
+    "unclosed quote": (
+        "rows.csv",
+        CSV_HEADER + b'a,Hi.,b\nb,"Hello.,c\nd,e,f\n',
+        ", row 2 (line 4): broken csv: unexpected end of data",
+    ),
+    "text after a quote": (
+        "rows.csv",
+        CSV_HEADER + b'a,"Hi." she said,b\n',
+        ", row 1 (line 2): broken csv: ',' expected after '\"'",
+    ),
+    "too many cells": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,Hello,you,c\n", ", row 2: 4 cells, but 3 columns"),
+    "too few cells": ("rows.csv", CSV_HEADER + b"a,Hi.\n", ", row 1: 2 cells, but 3 columns"),
+    "half a surrogate pair": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"summary": "Hi \ud83d."}),
+        ", row 2, column 'summary': half a surrogate pair at character 3",
+    ),
+    "half a surrogate pair in the id": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"id": "\ud83d"}),
+        ", row 2, column 'id': half a surrogate pair",
+    ),
+    "id of another dialogue": (
+        "rows.jsonl",
+        lines(GOOD, GOOD | {"id": "b"}, GOOD | {"dialogue": "Hello."}),
+        ", row 3, column 'id': 'a' is another dialogue's in row 1",
+    ),
+    "ids alike as text": (
+        "rows.jsonl",
+        lines(GOOD | {"id": 1}, GOOD | {"id": "1", "dialogue": "Hello."}),
+        ", row 2, column 'id': '1' is another dialogue's in row 1",
+    ),
+}
+
+
+@every_script
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file(refuse, here, script, case):
+    name, content, expected = BAD_FILES[case]
+    if content is FOLDER:
+        (here / name).mkdir()
+    elif content is not None:
+        (here / name).write_bytes(content)
+    assert refuse(script, *name_data(script, name)).startswith(name + expected)
+
+
+@both_trainings
+def test_bad_validation_file(refuse, here, script):
+    write_rows(here / "train.jsonl", make_rows(3))
+    (here / "dev.csv").write_bytes(CSV_HEADER + b"a,Hi.,b\nb,Hello.,\n")
+    message = refuse(script, "--train_file=train.jsonl", "--validation_file=dev.csv")
+    assert message == "dev.csv, row 2, column 'summary': empty text"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "missing"),
+    [
+        ("train_full", ["--validation_file=rows.jsonl"], "train"),
+        ("train_lora", ["--test_file=rows.jsonl"], "train"),
+        ("evaluate_rouge", ["--train_file=rows.jsonl"], "test"),
+        ("evaluate_rouge", ["--test_file=rows.jsonl", "--split=validation"], "validation"),
+    ],
+)
+def test_file_of_another_split_only(refuse, here, script, words, missing):
+    write_rows(here / "rows.jsonl", make_rows(3))
+    message = refuse(script, *words)
+    assert message == f"--{missing}_file is missing: with files of one's own the hub's data set is not used"
+
+
+@every_script
+def test_column_that_was_asked_for(refuse, here, script):
+    write_rows(here / "rows.jsonl", make_rows(3))
+    message = refuse(script, *name_data(script, "rows.jsonl"), "--summary_column=highlights")
+    assert message == "rows.jsonl, row 1: no column 'highlights', only id, dialogue, summary; set --summary_column"
+
+
+BAD_VALUES = {
+    "--max_source_length=0": "--max_source_length must be positive, got 0",
+    "--per_device_eval_batch_size=-1": "--per_device_eval_batch_size must be positive, got -1",
+    "--seed=-1": "--seed must not be negative, got -1",
+    "--seed=18446744073709551616": "--seed",  # torch holds 64 bits
+    "--seed=many": "argument --seed: invalid int value: 'many'",
+    "--dialogue_column=summary": "--dialogue_column and --summary_column are both 'summary'",
+    "--attn_implementation=flash": "argument --attn_implementation/--attn-implementation: invalid choice: 'flash'",
+    "--demo=perhaps": "argument --demo: Truthy value expected: got perhaps",
+    "--output_dri=out": "unknown setting --output_dri=out; did you mean --output_dir?",
+    "--confg=my.yaml": "unknown setting --confg=my.yaml; did you mean --config?",
+    "--quite_another_thing": "unknown setting --quite_another_thing",
+    "stray": "unknown setting stray",
+    "--output_dir": "argument --output_dir/--output-dir: expected one argument",
+}
+BAD_TRAINING_VALUES = {
+    "--max_target_length=0": "--max_target_length must be positive, got 0",
+    "--total_train_batch_size=0": "--total_train_batch_size must be positive, got 0",
+    "--total_train_batch_size=2.5": "argument --total_train_batch_size/--total-train-batch-size: invalid int value",
+    "--per_device_train_batch_size=-16": "--per_device_train_batch_size must be positive, got -16",
+    "--num_train_epochs=0": "--num_train_epochs must be positive, got 0",
+    "--max_train_steps=0": "--max_train_steps must be positive, got 0",
+    "--learning_rate=0": "--learning_rate must be positive, got 0.0",
+    "--learning_rate=nan": "--learning_rate must be positive, got nan",
+    "--learning_rate=inf": "--learning_rate must be positive, got inf",
+    "--learning_rate=fast": "argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+    "--max_grad_norm=0": "--max_grad_norm must be positive, got 0.0",
+    "--max_grad_norm=inf": "--max_grad_norm must be positive, got inf",
+    "--weight_decay=-0.1": "--weight_decay must not be negative, got -0.1",
+    "--weight_decay=nan": "--weight_decay must not be negative, got nan",
+    "--dataloader_num_workers=-1": "--dataloader_num_workers must not be negative, got -1",
+    "--warmup_ratio=1.5": "--warmup_ratio must be between 0 and 1, got 1.5",
+    "--warmup_ratio=nan": "--warmup_ratio must be between 0 and 1, got nan",
+    "--logging_steps=0": "--logging_steps must be positive, got 0",
+    "--eval_steps=-1": "--eval_steps must be positive, got -1",
+    "--max_train_samples=0": "--max_train_samples must be positive, got 0",
+    "--max_eval_samples=0": "--max_eval_samples must be positive, got 0",
+    "--mixed_precision=fp16": f"--mixed_precision fp16: {FP16_REASON}",
+    "--mixed_precision=fp8": "argument --mixed_precision/--mixed-precision: invalid choice: 'fp8'",
+    "--lr_scheduler_type=step": "argument --lr_scheduler_type/--lr-scheduler-type: invalid choice: 'step'",
+    "--report_to=mlflow": "argument --report_to/--report-to: invalid choice: 'mlflow'",
+    "--num_beams=4": "unknown setting --num_beams=4",
+}
+BAD_LORA_VALUES = {
+    "--lora_r=0": "--lora_r must be positive, got 0",
+    "--lora_alpha=-1": "--lora_alpha must be positive, got -1",
+    "--lora_dropout=1": "--lora_dropout must be at least 0 and below 1, got 1.0",
+    "--lora_dropout=nan": "--lora_dropout must be at least 0 and below 1, got nan",
+    "--lora_target_modules": "argument --lora_target_modules/--lora-target-modules: expected at least one argument",
+}
+BAD_EVALUATION_VALUES = {
+    "--max_eval_samples=0": "--max_eval_samples must be positive, got 0",
+    "--max_new_tokens=0": "--max_new_tokens must be positive, got 0",
+    "--num_beams=0": "--num_beams must be positive, got 0",
+    "--example_index=-1": "--example_index must not be negative, got -1",
+    "--split=dev": "argument --split: invalid choice: 'dev'",
+    "--dtype=float16": "argument --dtype: invalid choice: 'float16'",
+    "--models=google/flan-t5-base": "--models takes NAME=PATH_OR_HUB_ID, got 'google/flan-t5-base'",
+    "--models==google/flan-t5-base": "--models takes NAME=PATH_OR_HUB_ID, got '=google/flan-t5-base'",
+    "--models=base=": "--models takes NAME=PATH_OR_HUB_ID, got 'base='",
+    "--models a=x b=y a=z": "--models names 'a' twice",
+    "--learning_rate=1": "unknown setting --learning_rate=1",
+}
+VALUE_CASES = [
+    *((script, words) for script in SCRIPTS for words in BAD_VALUES.items()),
+    *((script, words) for script in TRAINING for words in BAD_TRAINING_VALUES.items()),
+    *(("train_lora", words) for words in BAD_LORA_VALUES.items()),
+    *(("evaluate_rouge", words) for words in BAD_EVALUATION_VALUES.items()),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "case"), VALUE_CASES, ids=lambda part: part[0] if isinstance(part, tuple) else part
+)
+def test_bad_value(refuse, data_files, script, case):
+    words, expected = case
+    assert refuse(script, *name_data(script, data_files["train"]), *words.split(" ")).startswith(expected)
+
+
+@every_script
+def test_every_number_has_a_bound(refuse, script):
+    numbers = (int, float, int | None)
+    names = [item.name for item in dataclasses.fields(SCRIPTS[script][1]) if item.type in numbers]
+    assert len(names) == {"train_full": 17, "train_lora": 20, "evaluate_rouge": 7}[script]
+    for name in names:
+        assert refuse(script, f"--{name}=-1").startswith(f"--{name} must")
+
+
+@every_script
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "[Errno 2] No such file or directory: 'my.yaml'"),
+        (b"seed: [1\n", "while parsing a flow sequence"),
+        (b"a:\tb: c\n", ""),
+        (b"- seed: 1\n", "expected lines of 'setting: value', found list"),
+        (b"seed\n", "expected lines of 'setting: value', found str"),
+        (b"sede: 1\n", "unknown setting 'sede'; did you mean seed?"),
+        (b"quite_another_thing: 1\n", "unknown setting 'quite_another_thing'"),
+        (b"1: 2\n", "unknown setting 1"),
+        (b"demo: true\n", "unknown setting 'demo'"),
+        (b"seed: \xff\n", "'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_bad_yaml(refuse, here, script, content, expected):
+    if content is not None:
+        (here / "my.yaml").write_bytes(content)
+    assert refuse(script, "--config=my.yaml").startswith(f"--config my.yaml: {expected}")
+
+
+@every_script
+def test_yaml_that_is_a_folder(refuse, here, script):
+    (here / "my.yaml").mkdir()
+    assert refuse(script, "--config=my.yaml") == "--config my.yaml: [Errno 21] Is a directory: 'my.yaml'"
+
+
+@every_script
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("seed: many\n", "argument --seed: invalid int value: 'many'"),
+        ("seed: -1\n", "--seed must not be negative, got -1"),
+        ("max_source_length: 0\n", "--max_source_length must be positive, got 0"),
+    ],
+)
+def test_bad_value_in_yaml(refuse, here, script, content, expected):
+    (here / "my.yaml").write_text(content)
+    assert refuse(script, "--config=my.yaml") == expected
+
+
+@every_script
+def test_list_in_yaml_for_a_single_value(refuse, here, script):
+    (here / "my.yaml").write_text("seed: [1, 2]\n")
+    assert "seed" in refuse(script, "--config=my.yaml")
+
+
+@both_trainings
+def test_fp16_in_yaml(refuse, here, script):
+    (here / "my.yaml").write_text("mixed_precision: fp16\n")
+    assert refuse(script, "--config=my.yaml") == f"--mixed_precision fp16: {FP16_REASON}"
+
+
+@both_trainings
+def test_what_the_launcher_must_not_set(refuse, monkeypatch, data_files, script):
+    words = name_data(script, data_files["train"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert refuse(script, *words) == f"the launcher's mixed_precision is fp16: {FP16_REASON}"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert refuse(script, *words) == (
+        "the launcher sets gradient_accumulation_steps to 4; remove it: it follows from --total_train_batch_size, "
+        "--per_device_train_batch_size and the number of processes"
+    )
+
+
+@both_trainings
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_tracker_that_is_not_installed(refuse, monkeypatch, data_files, script, tracker):
+    monkeypatch.setitem(sys.modules, tracker, None)  # where it is installed after all
+    monkeypatch.setattr("utils.launching.importlib.util.find_spec", lambda name: None)
+    message = refuse(script, *name_data(script, data_files["train"]), f"--report_to={tracker}")
+    assert message == f"--report_to {tracker}: the package is not installed; pip install {tracker}"
+
+
+# Models
+
+
+@every_script
+def test_missing_model_folder(refuse, data_files, script):
+    message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "./nowhere"))
+    assert message.startswith(f"{model_setting(script)} ./nowhere: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("model", "command"),
+    [
+        ("full=./flan-t5-base-dialogsum-checkpoint", "accelerate launch train_full.py --output_dir {path}"),
+        ("lora=./flan-t5-base-dialogsum-lora", "accelerate launch train_lora.py --output_dir {path}"),
+        ("mine=/nowhere/with_lora", "accelerate launch train_lora.py --output_dir {path}"),
+    ],
+)
+def test_missing_model_folder_says_how_to_make_it(refuse, data_files, flan_t5, model, command):
+    words = f"--models original={flan_t5} {model}".split()
+    name, path = model.split("=")
+    message = refuse("evaluate_rouge", *name_data("evaluate_rouge", data_files["test"]), *words)
+    assert message == f"--models {name} {path}: no such folder; make it with: {command.format(path=path)}"
+
+
+@every_script
+def test_model_that_is_a_file(refuse, here, data_files, script):
+    (here / "model").write_text("")
+    message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "model"))
+    assert message.startswith(f"{model_setting(script)} model: no such folder")
+
+
+@every_script
+@pytest.mark.parametrize("config_class", [GPT2Config, BertConfig])
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_model_that_is_not_an_encoder_decoder(refuse, here, data_files, flan_t5, script, config_class, with_tokenizer):
+    config_class().save_pretrained(here / "model")
+    if with_tokenizer:
+        for path in flan_t5.glob("tokenizer*"):
+            shutil.copy(path, here / "model")
+    message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, here / "model"))
+    kind = config_class.model_type
+    assert message == f"{model_setting(script)} {here / 'model'}: {kind} is not an encoder-decoder model"
+
+
+def remove_weights(folder: Path):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def widen_config(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_model": 64}))
+
+
+def deepen_config(folder: Path):
+    """The weights then lack a layer, which transformers fills with random numbers and a warning."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+
+
+def remove_tokenizer(folder: Path):
+    """transformers 5 then invents a tokenizer without words, and says nothing."""
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def remove_everything(folder: Path):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def write_file(name: str, content: str):
+    return lambda folder: (folder / name).write_text(content)
+
+
+BROKEN_MODELS = {
+    "config.json is not JSON": write_file("config.json", "{"),
+    "config.json is a list": write_file("config.json", "[]"),
+    "config.json is empty": write_file("config.json", "{}"),
+    "config.json of an unknown kind": write_file("config.json", '{"model_type": "t17"}'),
+    "tokenizer.json is not JSON": write_file("tokenizer.json", "{"),
+    "no weights": remove_weights,
+    "weights cut short": cut_weights,
+    "weights of another size": widen_config,
+    "weights lack a layer": deepen_config,
+    "no tokenizer": remove_tokenizer,
+    "empty folder": remove_everything,
+}
+
+
+@every_script
+@pytest.mark.parametrize("case", BROKEN_MODELS)
+def test_broken_model(refuse, here, data_files, flan_t5, script, case):
+    shutil.copytree(flan_t5, here / "model")
+    BROKEN_MODELS[case](here / "model")
+    message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "./model"))
+    assert re.match(rf"{model_setting(script)} \S*model: ", message)
+
+
+@every_script
+def test_model_of_the_hub_while_offline(refuse, data_files, script):
+    message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "google/flan-t5-base"))
+    assert message == (
+        f"{model_setting(script)} google/flan-t5-base: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE=1"
+        " forbids to ask the hub; load it once where there is a network: python -c \"n='google/flan-t5-base'; "
+        'import transformers as t; t.AutoTokenizer.from_pretrained(n); t.AutoModelForSeq2SeqLM.from_pretrained(n)"'
+    )
+
+
+@every_script
+@pytest.mark.parametrize("words", [[], ["--dataset_name=my/dialogues"]])
+def test_data_set_of_the_hub_while_offline(refuse, script, words):
+    name = words[0].split("=")[1] if words else "knkarthick/dialogsum"
+    message = refuse(script, *words)
+    assert message == (
+        f"--dataset_name {name}: not in the cache {Path(constants.HF_HOME) / 'datasets'}, and HF_HUB_OFFLINE=1 "
+        f"forbids to ask the hub; load it once where there is a network: python -c \"n='{name}'; "
+        'from datasets import load_dataset; load_dataset(n)"'
+    )
+
+
+@pytest.mark.parametrize("modules", ["nope", "q vv", "SelfAttention", "layer"])
+def test_lora_target_modules(refuse, data_files, flan_t5, modules):
+    words = [*name_data("train_lora", data_files["train"]), *name_model("train_lora", flan_t5)]
+    message = refuse("train_lora", *words, "--lora_target_modules", *modules.split())
+    assert message.startswith(f"--lora_target_modules {modules}: ")
+
+
+@every_script
+def test_max_source_length_below_the_prompt(refuse, data_files, flan_t5, script):
+    words = [*name_data(script, data_files["train"]), *name_model(script, flan_t5)]
+    shortest = len(AutoTokenizer.from_pretrained(flan_t5)(PROMPT_SUFFIX).input_ids)
+    message = refuse(script, *words, f"--max_source_length={shortest}")
+    assert message == f"--max_source_length must be over {shortest}, got {shortest}"
+
+
+# output_dir
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, flan_t5, data_files) -> dict[str, Path]:
+    """A folder with the results of each script."""
+    folders = {script: tmp_path_factory.mktemp(script) for script in SCRIPTS}
+    for script in SCRIPTS:
+        start(script, *quick_run(script, flan_t5, data_files), f"--output_dir={folders[script]}")
+    return folders
+
+
+def quick_run(script: str, model: Path, data_files: dict[str, Path]) -> list[str]:
+    words = [*name_data(script, data_files["test"]), *name_model(script, model)]
+    if script == "evaluate_rouge":
+        return [*words, "--max_new_tokens=2", "--max_eval_samples=3"]
+    return [*words, "--mixed_precision=no", "--max_train_samples=3"]
+
+
+@every_script
+@pytest.mark.parametrize("earlier", SCRIPTS)
+def test_output_dir_with_a_finished_run(refuse, here, data_files, flan_t5, finished, script, earlier):
+    shutil.copytree(finished[earlier], here / "out")
+    message = refuse(script, *quick_run(script, flan_t5, data_files), "--output_dir=out")
+    first = "predictions.jsonl" if earlier == "evaluate_rouge" else "metrics.jsonl"
+    assert message == f"--output_dir out holds a run already ({first}): take another, or --overwrite_output_dir"
+
+
+@every_script
+def test_mistake_beside_overwrite_output_dir(refuse, here, finished, script):
+    """The earlier run stays where the new one cannot start."""
+    shutil.copytree(finished[script], here / "out")
+    refuse(script, *name_data(script, "absent.csv"), "--output_dir=out", "--overwrite_output_dir")
+    (here / "rows.csv").write_bytes(CSV_HEADER + b"a,Hi.,b\n")
+    words = [*name_data(script, "rows.csv"), "--output_dir=out", "--overwrite_output_dir"]
+    refuse(script, *words, *name_model(script, "google/flan-t5-base"))
+
+
+@pytest.mark.parametrize(
+    ("script", "earlier"), [("train_full", "train_lora"), ("train_lora", "train_full"), ("evaluate_rouge", None)]
+)
+def test_overwrite_output_dir(here, data_files, flan_t5, finished, script, earlier):
+    shutil.copytree(finished[earlier or script], here / "out")
+    (here / "out" / "notes.txt").write_text("mine")
+    (here / "out" / "drafts").mkdir()
+    (here / "out" / "drafts" / "config.json").write_text("mine too")
+    start(script, *quick_run(script, flan_t5, data_files), "--output_dir=out", "--overwrite_output_dir")
+    left = snapshot(here / "out")
+    assert left.pop("notes.txt") == b"mine"
+    assert left.pop("drafts/config.json") == b"mine too"
+    assert left.pop("drafts") is None
+    assert left.keys() == snapshot(finished[script]).keys()
+
+
+def test_evaluation_does_not_clear_a_model_away(here, data_files, flan_t5, finished):
+    shutil.copytree(finished["train_full"], here / "out")
+    before = snapshot(here / "out")
+    words = quick_run("evaluate_rouge", here / "out", data_files)
+    start("evaluate_rouge", *words, "--output_dir=out", "--overwrite_output_dir")
+    assert snapshot(here / "out").items() >= before.items()
+
+
+@every_script
+def test_output_dir_that_cannot_be_made(refuse, here, data_files, flan_t5, script):
+    (here / "file").write_text("mine")
+    words = quick_run(script, flan_t5, data_files)
+    for folder in ("file", "file/out", "file/out/deep"):
+        expected = f"--output_dir {folder}: cannot write to {here / 'file'}"
+        assert refuse(script, *words, f"--output_dir={folder}") == expected
+    long = "x" * 300
+    assert refuse(script, *words, f"--output_dir={long}").startswith(f"--output_dir {long}: ")
+    if os.getuid():  # root may write anywhere
+        (here / "closed").mkdir(mode=0o500)
+        expected = f"--output_dir closed/out: cannot write to {here / 'closed'}"
+        assert refuse(script, *words, "--output_dir=closed/out") == expected
+
+
+# predictions_file
+
+TEST_ROWS = [
+    {"id": "t_1", "dialogue": "Hi.", "summary": "A greeting."},
+    {"id": "t_2", "dialogue": "Hi.", "summary": "They greet."},
+    {"id": "u_1", "dialogue": "Bye.", "summary": "A farewell."},
+]
+BAD_PREDICTIONS = {
+    "unknown id": (
+        [{"id": "t_1", "prediction": "a"}, {"id": "v", "prediction": "b"}],
+        ", row 2, column 'id': 'v' is not among the rows that are scored",
+    ),
+    "missing id": ([{"id": "t_1", "prediction": "a"}], ": model 'predictions' has no text for 1 ids: u_1"),
+    "missing id of one model": (
+        [{"id": name, "prediction": "a", "model": "x"} for name in ("t_1", "u_1")]
+        + [{"id": "u_1", "prediction": "a", "model": "y"}],
+        ": model 'y' has no text for 1 ids: t_1",
+    ),
+    "two texts for a dialogue": (
+        [{"id": "t_1", "prediction": "a"}, {"id": "t_2", "prediction": "b"}, {"id": "u_1", "prediction": "c"}],
+        ", row 2, column 'prediction': another text than before for the dialogue of 't_2'",
+    ),
+    "no prediction": ([{"id": "t_1", "text": "a"}], ", row 1, column 'prediction': expected text"),
+    "no id": ([{"prediction": "a"}], ", row 1, column 'id': expected text"),
+    "prediction that is null": ([{"id": "t_1", "prediction": None}], ", row 1, column 'prediction': expected text"),
+    "row that is a list": ([["t_1", "a"]], ", row 1, column 'id': expected text"),
+    "half a surrogate pair": (
+        [{"id": "t_1", "prediction": "\ud83d"}, {"id": "u_1", "prediction": "a"}],
+        ", row 1, column 'prediction': half a surrogate pair",
+    ),
+    "no rows": ([], " holds no rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PREDICTIONS)
+def test_bad_predictions_file(refuse, here, case):
+    rows, expected = BAD_PREDICTIONS[case]
+    write_rows(here / "test.jsonl", TEST_ROWS)
+    write_rows(here / "texts.jsonl", rows)
+    words = ["--test_file=test.jsonl", "--predictions_file=texts.jsonl"]
+    assert refuse("evaluate_rouge", *words).startswith("texts.jsonl" + expected)
+
+
+def test_missing_predictions_file(refuse, here):
+    write_rows(here / "test.jsonl", TEST_ROWS)
+    message = refuse("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl")
+    assert message == "texts.jsonl: no such file"
+
+
+# The same through processes, as users see it
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("train_full", ["--learning_rate=nan"], "--learning_rate must be positive, got nan"),
+        ("train_lora", ["--train_file=absent.csv"], "absent.csv: no such file"),
+        ("train_lora", ["{data}", "{model}", "--lora_target_modules=nope"], "--lora_target_modules nope: Target mod"),
+        ("evaluate_rouge", [], "--dataset_name knkarthick/dialogsum: not in the cache "),
+        (
+            "evaluate_rouge",
+            ["--test_file={rows}"],
+            "--models full ./flan-t5-base-dialogsum-checkpoint: no such folder",
+        ),
+    ],
+)
+def test_process(tmp_path, data_files, flan_t5, script, words, expected):
+    places = {"data": f"--train_file={data_files['train']}", "model": f"--model_name_or_path={flan_t5}"}
+    words = [word.format(**places, rows=data_files["test"]) for word in words]
+    process = subprocess.run(
+        [sys.executable, REPOSITORY / f"{script}.py", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith(f"{script}.py: error: {expected}")
+    assert process.stderr.endswith("\n") and process.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is no mistake
+
+
+def load(path: Path, **settings: str) -> list[dict[str, str]]:
+    return load_rows(TrainingConfig(train_file=str(path), **settings), "train")
+
+
+def write_csv(path: Path, rows: list[dict], line_end: str = "\n") -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator=line_end)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+ODD_ROWS = [
+    {"id": "a", "dialogue": "NA", "summary": "None"},
+    {"id": "b", "dialogue": "null", "summary": "nan"},
+    {"id": "c", "dialogue": "1", "summary": "1.50"},
+    {"id": "d", "dialogue": "#Person1#: 你好, «ça va»?\n#Person2#: \U0001f600.", "summary": 'He said "hi", she left.'},
+    {"id": "e", "dialogue": "one\u2028two\x85three\x0cfour\x1cfive", "summary": "a\u2029b"},
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv of Windows", "jsonl", "json", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
+    if kind.startswith("csv"):
+        path = write_csv(tmp_path / "rows.csv", ODD_ROWS, "\r\n" if kind.endswith("Windows") else "\n")
+    elif kind == "parquet":
+        path = tmp_path / "rows.parquet"
+        path.write_bytes(parquet(*ODD_ROWS))
+    elif kind == "jsonl":
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ODD_ROWS), encoding="utf-8")
+    else:
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(ODD_ROWS, ensure_ascii=False, indent=1), encoding="utf-8")
+    assert load(path) == ODD_ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", "id,dialogue,summary\na,Hi.,A greeting.\n"),
+        ("rows.csv", "\ufeffid,dialogue,summary\na,Hi.,A greeting.\n"),
+        ("rows.csv", "id,dialogue,summary\r\na,Hi.,A greeting.\r\n"),
+        ("rows.csv", 'id,dialogue,summary\na,"Hi.\n","\nA greeting."\n\n'),
+        ("rows.csv", "summary,more,id,dialogue\nA greeting.,,a,Hi."),
+        ("rows.csv", '"id","dialogue","summary"\n"a","Hi.","A greeting."'),
+        ("rows.jsonl", '{"id": "a", "dialogue": " Hi. ", "summary": "A greeting.\\n"}'),
+        ("rows.jsonl", '\ufeff{"id": "a", "dialogue": "Hi.", "summary": "A greeting."}\r\n\r\n'),
+        ("rows.json", '{"id": "a", "dialogue": "Hi.", "summary": "A greeting."}\n'),
+        ("rows.json", '\n [\n{"id": "a", "dialogue": "Hi.", "summary": "A greeting.", "more": null}\n]\n'),
+    ],
+)
+def test_one_row_written_in_many_ways(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    assert load(tmp_path / name) == [{"id": "a", "dialogue": "Hi.", "summary": "A greeting."}]
+
+
+def test_lines_within_a_cell(tmp_path):
+    """Windows' line ends within a text become Unix', whatever holds it."""
+    (tmp_path / "rows.csv").write_bytes(b'id,dialogue,summary\r\na,"#Person1#: Hi.\r\n#Person2#: ""Oh""!",b\r\n')
+    (tmp_path / "rows.jsonl").write_bytes(
+        lines({"id": "a", "dialogue": '#Person1#: Hi.\r\n#Person2#: "Oh"!', "summary": "b"})
+    )
+    expected = [{"id": "a", "dialogue": '#Person1#: Hi.\n#Person2#: "Oh"!', "summary": "b"}]
+    assert load(tmp_path / "rows.csv") == load(tmp_path / "rows.jsonl") == expected
+
+
+def test_ids(tmp_path):
+    """Numbers are taken as text; rows without an id are named by split and number, counted from 0 as on the hub."""
+    rows = [{"id": number, "dialogue": f"Hi {number}.", "summary": "b"} for number in (7, 0, -3)]
+    assert [row["id"] for row in load(write_rows(tmp_path / "rows.jsonl", rows))] == ["7", "0", "-3"]
+    (tmp_path / "rows.parquet").write_bytes(parquet(*rows))
+    assert [row["id"] for row in load(tmp_path / "rows.parquet")] == ["7", "0", "-3"]
+    for row in rows:
+        del row["id"]
+    assert [row["id"] for row in load(write_rows(tmp_path / "rows.jsonl", rows))] == ["train_0", "train_1", "train_2"]
+
+
+def test_columns_of_other_names(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [{"Text": "Hi.", "highlights": "A greeting.", "summary": "not this"}])
+    rows = load(path, dialogue_column="Text", summary_column="highlights")
+    assert rows == [{"id": "train_0", "dialogue": "Hi.", "summary": "A greeting."}]
+
+
+def test_bad_rows_beyond_max_train_samples(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {"id": "b"}])
+    config = TrainingConfig(train_file=str(path), max_train_samples=1)
+    assert load_rows(config, "train", config.max_train_samples) == [GOOD]
+
+
+def test_one_row_is_enough_to_train_on(here, flan_t5):
+    write_rows(here / "rows.jsonl", [GOOD])
+    start("train_full", "--train_file=rows.jsonl", f"--model_name_or_path={flan_t5}", "--output_dir=out")
+    manifest = json.loads((here / "out" / "run_manifest.json").read_text())
+    assert (manifest["num_train_examples"], manifest["num_train_steps"]) == (1, 1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_line_wins_over_yaml(here, script):
+    config_class = SCRIPTS[script][1]
+    (here / "my.yaml").write_text("seed: 7\nmax_source_length: 99\noutput_dir: my out\nmax_eval_samples: null\n")
+    for words in (["--config", "my.yaml", "--seed", "8"], ["--seed=8", "--config=my.yaml"]):
+        config = parse_config(config_class, f"{script}.yaml", words)
+        assert config == config_class(seed=8, max_source_length=99, output_dir="my out")
+
+
+def test_values_in_yaml(here):
+    """YAML reads 1e-3 as text and no as False."""
+    (here / "my.yaml").write_text("learning_rate: 1e-3\nmixed_precision: no\ngradient_checkpointing: true\n")
+    config = parse_config(TrainingConfig, "train_full.yaml", ["--config=my.yaml"])
+    assert config == TrainingConfig(learning_rate=1e-3, mixed_precision="no", gradient_checkpointing=True)
+
+
+def test_lists_in_yaml(here):
+    (here / "my.yaml").write_text("lora_target_modules: [q, k]\n")
+    assert parse_config(LoraTrainingConfig, "train_lora.yaml", ["--config=my.yaml"]).lora_target_modules == ["q", "k"]
+    (here / "my.yaml").write_text("models:\n- a=x\n- b=y=z\n")
+    for words, expected in (([], ["a=x", "b=y=z"]), (["--models", "c=x"], ["c=x"])):
+        config = parse_config(EvaluationConfig, "evaluate_rouge.yaml", ["--config=my.yaml", *words])
+        assert config.models == expected
+
+
+def test_empty_yaml(here):
+    (here / "my.yaml").write_text("# nothing yet\n")
+    assert parse_config(TrainingConfig, "train_full.yaml", ["--config=my.yaml"]) == TrainingConfig()
+
+
+def test_settings_are_checked_without_a_command_line():
+    with pytest.raises(UserError, match="^--num_train_epochs must be positive, got 0$"):
+        TrainingConfig(num_train_epochs=0)
+    assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize("id_type", [str, int])
+def test_predictions_by_another_system(here, id_type):
+    rows = [row | {"id": id_type(number)} for number, row in enumerate(TEST_ROWS)]
+    write_rows(here / "test.jsonl", rows)
+    write_rows(here / "texts.jsonl", [{"id": id_type(2), "prediction": ""}, {"id": id_type(1), "prediction": "Hi 你"}])
+    start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
+    assert read_jsonl(here / "out" / "predictions.jsonl") == [
+        {"id": "0", "model": "predictions", "prediction": "Hi 你", "references": ["A greeting.", "They greet."]},
+        {"id": "2", "model": "predictions", "prediction": "", "references": ["A farewell."]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_MIXED_PRECISION", "fp16"), ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")]
+)
+def test_evaluation_does_not_mind_the_launchers_settings(here, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    write_rows(here / "test.jsonl", TEST_ROWS[:1])
+    write_rows(here / "texts.jsonl", [{"id": "t_1", "prediction": "A greeting."}])
+    start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert results["models"]["predictions"]["scores"]["average"]["rouge1"]["value"] == 1.0

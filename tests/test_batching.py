@@ -1,0 +1,93 @@
+"""The plan of a step: the same examples for any number of processes, each once, little padding."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils.batching import (
+    collate,
+    num_micro_batches,
+    num_steps_per_epoch,
+    plan_micro_batches,
+    plan_pass,
+    plan_steps,
+    select_examples,
+)
+
+LENGTHS = np.random.default_rng(0).integers(2, (400, 40), size=(12460, 2))
+
+
+def test_dialogsum_has_48_steps():
+    assert num_steps_per_epoch(12460, 256) == 48
+    assert num_steps_per_epoch(255, 256) == 1
+    assert num_steps_per_epoch(256, 256) == 1
+    assert num_steps_per_epoch(512, 256) == 2
+
+
+@pytest.mark.parametrize(
+    ("per_device", "world", "turns"),
+    [(16, 1, 16), (32, 1, 8), (256, 1, 1), (16, 3, 6), (300, 1, 1), (1, 64, 4), (16, 64, 1)],
+)
+def test_accumulation_follows_from_the_sizes(per_device, world, turns):
+    assert num_micro_batches(12460, 256, per_device, world) == turns
+
+
+def test_accumulation_of_a_small_set():
+    assert num_micro_batches(40, 256, 16, 1) == 3
+
+
+def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew():
+    epochs = [
+        np.concatenate([select_examples(12460, 256, 42, 48 * epoch + step) for step in range(48)]) for epoch in (0, 1)
+    ]
+    assert [len(set(epoch)) for epoch in epochs] == [48 * 256] * 2
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], np.concatenate([select_examples(12460, 256, 43, step) for step in range(48)]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("per_device", [4, 16, 300])
+def test_every_process_does_its_part_of_the_same_step(world, per_device):
+    plans = [list(plan_steps(LENGTHS, 256, per_device, 42, rank, world, range(3))) for rank in range(world)]
+    turns = num_micro_batches(12460, 256, per_device, world)
+    assert {len(plan) for plan in plans} == {3 * turns}
+    assert max(len(batch) for plan in plans for batch in plan) <= per_device
+    for step in range(3):
+        examples = np.concatenate([batch for plan in plans for batch in plan[step * turns : (step + 1) * turns]])
+        assert sorted(examples) == sorted(select_examples(12460, 256, 42, step))
+
+
+def test_micro_batches_are_sorted_by_length():
+    plan = plan_micro_batches(np.arange(256), LENGTHS, 4, 2)
+    in_turn = [plan[rank][turn] for turn in range(4) for rank in range(2)]
+    source_lengths = LENGTHS[np.concatenate(in_turn), 0]
+    assert (np.diff(source_lengths) <= 0).all()
+
+
+def test_fewer_examples_than_processes_leave_some_an_empty_turn():
+    plan = plan_micro_batches(np.arange(2), LENGTHS, 1, 3)
+    assert [len(batch) for rank in plan for batch in rank] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_pass_holds_every_example_once(world):
+    plans = [list(plan_pass(LENGTHS[:100], 7, rank, world)) for rank in range(world)]
+    assert len({len(plan) for plan in plans}) == 1
+    assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == list(range(100))
+
+
+def shift_right(labels):
+    return torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1].clamp(min=0)], dim=1)
+
+
+def test_collate():
+    batch = collate({"input_ids": [[5, 6, 1], [7, 1]], "labels": [[8, 1], [9, 4, 1]]}, 0, shift_right)
+    assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[8, 1, -100], [9, 4, 1]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 8, 1], [0, 9, 4]]
+
+
+def test_collate_of_nothing_is_a_row_without_a_target():
+    batch = collate({"input_ids": [], "labels": []}, 0, shift_right)
+    assert batch["input_ids"].tolist() == [[0]] and batch["labels"].tolist() == [[-100]]

@@ -1,0 +1,158 @@
+"""The literal default commands, against a stand-in of the hub: a Flan-T5-shaped model under its real name and as many
+dialogues as DialogSum has. Then again from the cache, with no hub at all."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_standin
+import pytest
+from conftest import REPOSITORY, WORDS, read_jsonl, write_flan_t5
+from safetensors import safe_open
+
+MODELS = ["original", "full", "lora"]
+
+
+def write_split(path: Path, ids: list[str], dialogues: list[str]):
+    """A split as the hub's csv files have it: quoted line ends, and a topic that is not used."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "dialogue", "summary", "topic"])
+        for number, (row_id, dialogue) in enumerate(zip(ids, dialogues, strict=True)):
+            writer.writerow([row_id, dialogue, f"meet at the {WORDS[number % len(WORDS)]}.", "small talk"])
+
+
+def make_dialogues(num_dialogues: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [f"you: {rng.choice(WORDS)}\nI: {rng.choice(WORDS)}" for _ in range(num_dialogues)]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    write_flan_t5(root / "models" / "google" / "flan-t5-base", d_model=16, d_kv=4, d_ff=32, num_layers=1)
+    data = root / "datasets" / "knkarthick" / "dialogsum"
+    data.mkdir(parents=True)
+    write_split(data / "train.csv", [f"train_{number}" for number in range(12_460)], make_dialogues(12_460, seed=0))
+    write_split(data / "validation.csv", [f"dev_{number}" for number in range(500)], make_dialogues(500, seed=1))
+    test_ids = [f"test_{dialogue}_{number}" for dialogue in range(3) for number in (1, 2, 3)]
+    write_split(data / "test.csv", test_ids, [text for text in make_dialogues(3, seed=2) for _ in range(3)])
+    with hub_standin.serve(root) as server:
+        yield server
+
+
+def launch(folder: Path, environment: dict[str, str], script: str, *words: str) -> subprocess.CompletedProcess:
+    """`accelerate launch SCRIPT WORDS` from `folder`; whatever happens, no process of it stays."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ACCELERATE_"))}
+    accelerate = Path(sys.executable).with_name("accelerate")
+    with subprocess.Popen(
+        [accelerate, "launch", REPOSITORY / script, *words],
+        cwd=folder,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            written, log = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, written, log)
+
+
+def check_training(run: subprocess.CompletedProcess, folder: Path, num_trainable_parameters: int):
+    assert run.returncode == 0, run.stderr
+    assert "48/48" in run.stderr  # the bar counts updates
+    manifest = json.loads((folder / "run_manifest.json").read_text())
+    expected = {"num_train_examples": 12_460, "num_train_steps": 48, "num_processes": 1}
+    assert {name: manifest[name] for name in expected} == expected
+    assert manifest["num_trainable_parameters"] == num_trainable_parameters
+    settings = manifest["settings"]
+    assert (settings["total_train_batch_size"], settings["per_device_train_batch_size"]) == (256, 16)
+    assert (settings["learning_rate"], settings["mixed_precision"]) == (1e-3, "bf16")
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    for split, steps in (("train", [10, 20, 30, 40, 48]), ("validation", [0, 10, 20, 30, 40, 48])):
+        of_split = [line for line in metrics if line["split"] == split]
+        assert [line["step"] for line in of_split] == steps
+        assert of_split[-1]["loss"] < of_split[0]["loss"]
+    assert sum(line.get("num_examples", 0) for line in metrics if line["split"] == "train") == 48 * 256
+
+
+def count_weights(root: Path) -> int:
+    with safe_open(root / "models" / "google" / "flan-t5-base" / "model.safetensors", "pt") as weights:
+        return sum(weights.get_tensor(name).numel() for name in weights.keys())
+
+
+def test_default_commands(hub, tmp_path):
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    folder = tmp_path / "here"
+    folder.mkdir()
+
+    full = launch(folder, online, "train_full.py")
+    assert (
+        f"asking {hub.endpoint} for model google/flan-t5-base (HF_HUB_OFFLINE=1 uses the cache alone)" in full.stderr
+    )
+    check_training(full, folder / "flan-t5-base-dialogsum-checkpoint", count_weights(hub.root))
+    lora = launch(folder, online, "train_lora.py")
+    check_training(lora, folder / "flan-t5-base-dialogsum-lora", 32 * (16 + 16) * 2 * 3)  # q and v of 3 attentions
+
+    evaluation = launch(folder, online, "evaluate_rouge.py")
+    assert evaluation.returncode == 0, evaluation.stderr
+    check_evaluation(folder / "rouge-report", evaluation.stdout)
+    assert hub.unanswered == []
+
+    # The hub is gone; what is in the cache does, and nobody waits for a network.
+    offline = online | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    num_requests = len(hub.requests)
+    again = launch(folder, offline, "train_lora.py", "--max_train_steps=1", "--output_dir=again")
+    assert again.returncode == 0, again.stderr
+    assert len(hub.requests) == num_requests
+    first = [
+        read_jsonl(path / "metrics.jsonl")[0] for path in (folder / "flan-t5-base-dialogsum-lora", folder / "again")
+    ]
+    assert first[0] == first[1]  # the validation loss before training
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "again",
+        "flan-t5-base-dialogsum-checkpoint",
+        "flan-t5-base-dialogsum-lora",
+        "rouge-report",
+    ]
+
+
+def check_evaluation(folder: Path, printed: str):
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["models"]) == MODELS
+    assert list(results["comparisons"]) == ["original_vs_full", "original_vs_lora", "full_vs_lora"]
+    assert (results["num_dialogues"], results["num_rows"]) == (3, 9)
+    predictions = read_jsonl(folder / "predictions.jsonl")
+    assert [(line["id"], line["model"]) for line in predictions] == [
+        (f"test_{dialogue}_1", model) for model in MODELS for dialogue in range(3)
+    ]
+    assert [len(line["references"]) for line in predictions] == [3] * 9
+    for model in MODELS:
+        assert f"--- {model}\n" in printed
+    for pair in ("original minus full", "original minus lora", "full minus lora"):
+        assert pair in printed
+
+
+def test_names_that_the_hub_does_not_have(hub, tmp_path):
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for words, kind in (
+        (["--dataset_name=my/dialogues"], "data set"),
+        (["--model_name_or_path=my/flan"], "model"),
+    ):
+        run = launch(folder, online, "train_lora.py", *words)
+        setting, name = words[0].split("=")
+        expected = f"no such {kind} at {hub.endpoint}, or a private one (hf auth login); a folder must exist"
+        assert f"train_lora.py: error: {setting} {name}: {expected}\n" in run.stderr
+        assert run.returncode != 0
+        assert list(folder.iterdir()) == []

@@ -1,0 +1,63 @@
+"""The head that is Flan-T5's own, the numbers of parameters, and what an export must be to be called saved."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import write_flan_t5
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+
+from utils.config import LoraTrainingConfig
+from utils.modeling import add_lora, compare_with_folder, count_parameters, export_model, load_model, load_tokenizer
+
+
+def test_parameters_of_flan_t5_base(tmp_path):
+    shape = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048, "num_layers": 12}
+    folder = write_flan_t5(tmp_path, **shape)
+    assert count_parameters(load_model(str(folder), "sdpa", torch.float32)) == (247_577_856, 247_577_856)
+    model = add_lora(load_model(str(folder), "sdpa", torch.bfloat16), LoraTrainingConfig())
+    assert count_parameters(model) == (251_116_800, 3_538_944)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_lora_settings_reach_the_adapter(flan_t5):
+    config = LoraTrainingConfig(lora_r=3, lora_alpha=6, lora_dropout=0.25, lora_target_modules=["q", "wo"])
+    model = add_lora(load_model(str(flan_t5), "sdpa", torch.float32), config)
+    adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"q", "wo"}
+    query = model.base_model.model.encoder.block[0].layer[0].SelfAttention.q
+    assert query.lora_A["default"].weight.shape[0] == 3
+    assert query.scaling["default"] == 2 and query.lora_dropout["default"].p == 0.25
+
+
+def test_export_keeps_the_head_apart(flan_t5, tmp_path):
+    """transformers 5 says that T5 ties it; a folder that says so too loads wrong elsewhere."""
+    accelerator, tokenizer = Accelerator(), load_tokenizer(str(flan_t5))
+    model = load_model(str(flan_t5), "sdpa", torch.float32)
+    export_model(accelerator, model, tokenizer, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    before, after = load_file(flan_t5 / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert not torch.equal(reloaded.lm_head.weight, reloaded.shared.weight)
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    shape = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    BartForConditionalGeneration(BartConfig(**shape, **heads)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "sdpa", torch.float32)
+    assert model.config.tie_word_embeddings is True
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "encoder.block.1.layer.0.SelfAttention.q.weight"])
+def test_export_is_compared_with_what_was_trained(flan_t5, name):
+    state_dict = load_model(str(flan_t5), "sdpa", torch.float32).state_dict()
+    compare_with_folder(state_dict, flan_t5)
+    changed = state_dict | {name: state_dict[name] + 1e-6 * torch.randn_like(state_dict[name])}
+    with pytest.raises(RuntimeError, match=name):
+        compare_with_folder(changed, flan_t5)
