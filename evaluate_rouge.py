@@ -63,7 +63,7 @@ def summarize_with_models(
     tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
     summaries = {}
     for name, path in models.items():
-        model = load_model(path, config.attn_implementation, getattr(torch, config.dtype), f"models {name}")
+        model = load_model(path, config.attn_implementation, torch.float32, f"models {name}")
         summaries[name] = generate_summaries(accelerator, model, tokenizers[name], texts, config, name)
     return summaries
 

@@ -128,7 +128,6 @@ class EvaluationConfig(DataConfig):
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights when generating")
 
     def __post_init__(self):
         super().__post_init__()

@@ -39,6 +39,8 @@ def start_logging():
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Accelerate imports DeepSpeed wherever it is installed, which then says on stdout that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -58,5 +60,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             f"the launcher sets gradient_accumulation_steps to {accelerator.gradient_accumulation_steps}; remove it: "
             "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
         )
+    strategy = accelerator.distributed_type.value
+    if strategy != "NO" and not strategy.startswith("MULTI_"):
+        raise UserError(f"the launcher's distributed_type is {strategy}: only whole models on each process are supported")
     torch.manual_seed(config.seed)  # an adapter's first weights are random
     return accelerator

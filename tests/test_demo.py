@@ -1,0 +1,102 @@
+"""The demo as README says it: the three commands, and results that are worth showing."""
+
+import json
+import os
+import random
+import subprocess
+
+import pytest
+from conftest import REPOSITORY, read_jsonl
+
+from demo.facts import extract_facts, random_training_summaries, score_facts
+from demo.make_demo import make_data
+from utils.config import read_yaml
+
+KINDS = ("who", "item", "time", "place")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder in which the three commands were run."""
+    folder = tmp_path_factory.mktemp("demo")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for script, seconds in (("train_lora", 240), ("train_full", 360), ("evaluate_rouge", 120)):
+        command = ["accelerate", "launch", REPOSITORY / f"{script}.py", "--demo"]
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+        assert run.returncode == 0, run.stderr
+    (folder / "printed.txt").write_text(run.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(demo):
+    return json.loads((demo / "demo-rouge-report" / "results.json").read_text())
+
+
+def test_rouge_is_far_above_a_random_summary(results):
+    rouge1 = {name: model["scores"]["average"]["rouge1"]["value"] for name, model in results["models"].items()}
+    assert set(rouge1) == {"original", "full", "lora", "random"}
+    assert results["num_dialogues"] == 40 and results["num_rows"] == 120
+    for name in ("full", "lora"):
+        assert rouge1[name] > rouge1["random"] + 0.15
+        assert rouge1[name] > rouge1["original"]
+
+
+@pytest.mark.parametrize(("name", "share"), [("full", 2 / 3), ("lora", 1 / 2)])
+def test_facts_are_right(results, name, share):
+    for kind in KINDS:
+        fact = results["facts"][name][kind]
+        assert fact["correct"] >= share * fact["total"], kind
+        assert fact["correct"] > fact["majority"] * fact["total"], kind
+
+
+def test_sample_is_wrong_before_and_right_after(demo):
+    """The dialogue that README shows, from the validation split."""
+    index = README_EXAMPLE
+    row = read_jsonl(REPOSITORY / "demo" / "validation.jsonl")[index]
+    command = [
+        "accelerate", "launch", REPOSITORY / "evaluate_rouge.py", "--demo", "--split", "validation",
+        "--example_index", str(index), "--max_eval_samples", "10", "--output_dir", "sample",
+    ]  # fmt: skip
+    run = subprocess.run(command, cwd=demo, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    shown = dict(part.split("\n", 1) for part in run.stdout.split("\n\nROUGE")[0].split("--- ")[1:])
+    assert shown["dialogue"].strip() == row["dialogue"] and shown["human summary"].strip() == row["summary"]
+    assert extract_facts(shown["original"].strip()) != row["facts"]
+    for name in ("full", "lora"):
+        assert extract_facts(shown[name].strip()) == row["facts"]
+
+
+def test_the_data_is_what_make_demo_makes():
+    for split, rows in make_data().items():
+        assert read_jsonl(REPOSITORY / "demo" / f"{split}.jsonl") == rows
+
+
+def test_data():
+    train, validation, test = (
+        read_jsonl(REPOSITORY / "demo" / f"{split}.jsonl") for split in ("train", "validation", "test")
+    )
+    assert len(train) >= 2000 and len(validation) >= 128 and len(test) == 120
+    assert len({row["dialogue"] for row in test}) == 40
+    assert all(test[index]["dialogue"] == test[index - index % 3]["dialogue"] for index in range(120))
+    splits = [{row["dialogue"] for row in rows} for rows in (train, validation, test)]
+    assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
+    assert all(extract_facts(row["summary"]) == row["facts"] for row in train + validation + test)
+
+
+def test_facts_count_only_in_their_role():
+    row = next(row for row in read_jsonl(REPOSITORY / "demo" / "test.jsonl") if set(row["facts"]) == set(KINDS))
+    swapped = row["summary"].replace("#Person1#", "#X#").replace("#Person2#", "#Person1#").replace("#X#", "#Person2#")
+    scores = {text: score_facts([text], [row["facts"]]) for text in (row["summary"], swapped, row["dialogue"], "")}
+    assert [scores[row["summary"]][kind]["correct"] for kind in KINDS] == [1, 1, 1, 1]
+    assert scores[swapped]["who"]["correct"] == 0 and scores[swapped]["item"]["correct"] == 1
+    words = row["summary"].rstrip(".").split()
+    random.Random(0).shuffle(words)
+    assert [scores[row["dialogue"]][kind]["correct"] for kind in KINDS] == [0, 0, 0, 0]
+    assert all(kind["correct"] == 0 for kind in score_facts([" ".join(words)], [row["facts"]]).values())
+
+
+def test_random_summaries_are_training_summaries():
+    rows = read_jsonl(REPOSITORY / "demo" / "train.jsonl")
+    texts = random_training_summaries(rows, ["a", "b", "a"], seed=3)
+    assert texts[0] == texts[2] and set(texts) <= {row["summary"] for row in rows}

@@ -1,0 +1,93 @@
+"""Every command in README is run by a test: here, or in the test that is named here."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from conftest import REPOSITORY, make_rows, write_rows
+
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, parse_config
+
+RUN_ELSEWHERE = {
+    "pip install -r requirements-dev.txt && pytest": ".ci/run",
+    "pip install -r requirements.txt && accelerate launch train_lora.py --demo": "test_demo.py",  # pip: .ci/run
+    "accelerate launch train_full.py --demo": "test_demo.py",
+    "accelerate launch evaluate_rouge.py --demo": "test_demo.py",
+    "accelerate launch train_full.py": "test_hub.py",
+    "accelerate launch train_lora.py": "test_hub.py",
+    "accelerate launch evaluate_rouge.py": "test_hub.py",
+    "accelerate launch evaluate_rouge.py --max_eval_samples 10 --example_index 42 --output_dir quick-look": "test_hub.py",
+    "HF_HUB_OFFLINE=1 accelerate launch train_lora.py": "test_hub.py",
+}
+# Needs GPUs or more nodes than the tests have: their words are parsed; test_slurm.py runs the same files.
+PARSED = {
+    "accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 train_full.py",
+    "sbatch slurm/train_lora.sbatch",
+    "sbatch --nodes 4 --gpus-per-node 8 slurm/train_lora.sbatch --learning_rate 3e-4",
+    "sbatch slurm/evaluate_rouge.sbatch",
+}
+CONFIGS = {"train_full": TrainingConfig, "train_lora": LoraTrainingConfig, "evaluate_rouge": EvaluationConfig}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_is_run():
+    here = [command for command in readme_commands() if command not in RUN_ELSEWHERE and command not in PARSED]
+    assert len(here) == 5 and sum("--dialogue_column" in command for command in here) == 3
+    assert sum(command.startswith("python -c") for command in here) == 2, "run by test_hub.py"
+    assert (set(RUN_ELSEWHERE) | PARSED) <= set(readme_commands())
+
+
+@pytest.mark.parametrize("command", sorted(PARSED))
+def test_words_are_understood(command):
+    words = shlex.split(command)
+    if words[0] == "accelerate":
+        launcher = launch_command_parser().parse_args(words[2:])
+        assert (REPOSITORY / launcher.config_file).is_file()
+        script, arguments = launcher.training_script, launcher.training_script_args
+    else:
+        script = next(word for word in words if word.endswith(".sbatch"))
+        arguments = words[words.index(script) + 1 :]
+    assert (REPOSITORY / script).is_file()
+    name = script.removeprefix("slurm/").partition(".")[0]
+    parse_config(CONFIGS[name], f"{name}.yaml", arguments)
+
+
+def test_commands_for_own_data(flan_t5, tmp_path):
+    """In the order of README, with a small model instead of google/flan-t5-base, and files of the columns named there."""
+    commands = [command for command in readme_commands() if "--dialogue_column" in command]
+    assert len(commands) == 3
+    rows = [{"id": row["id"], "text": row["dialogue"], "gold": row["summary"]} for row in make_rows(12)]
+    for name in ("train", "dev", "test"):
+        lines = ["id,text,gold", *(f'{row["id"]},"{row["text"]}",{row["gold"]}' for row in rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    write_rows(tmp_path / "texts.jsonl", [{"id": row["id"], "prediction": row["gold"]} for row in rows])
+    for command in commands:
+        words = shlex.split(command.replace("google/flan-t5-base", str(flan_t5)))
+        words = [str(REPOSITORY / word) if word in ("train_lora.py", "evaluate_rouge.py") else word for word in words]
+        if words[0] == "python":
+            words[0] = sys.executable
+        elif "train" in command:
+            words += ["--model_name_or_path", str(flan_t5)]
+        else:
+            words += ["--max_new_tokens", "8"]
+        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert run.returncode == 0, run.stderr
+    models = json.loads((tmp_path / "their-report" / "results.json").read_text())["models"]
+    assert models["predictions"]["scores"]["max"]["rougeLsum"]["value"] == 1
+    assert set(json.loads((tmp_path / "my-report" / "results.json").read_text())["models"]) == {"original", "mine"}
+
+
+def test_settings_named_in_readme_exist():
+    known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
+    launcher = {"config_file", "num_processes", "nodes", "gpus-per-node"}
+    named = set(re.findall(r"--([a-z][\w-]+)", (REPOSITORY / "README.md").read_text()))
+    assert named <= known | launcher
