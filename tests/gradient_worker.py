@@ -14,8 +14,8 @@ from utils.batching import measure_lengths, num_micro_batches, plan_steps, selec
 from utils.config import TrainingConfig
 from utils.data import load_rows, tokenize_rows
 from utils.launching import start_accelerator
+from utils.loss import compute_gradient, load_batches
 from utils.modeling import load_model, load_tokenizer
-from utils.training import compute_gradient, load_batches
 
 
 def main(model_path: str, train_file: str, total: str, per_device: str, output: str):
@@ -31,9 +31,10 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
     sizes = config.total_train_batch_size, config.per_device_train_batch_size
     world = accelerator.num_processes
     plan = plan_steps(lengths, *sizes, config.seed, accelerator.process_index, world, range(1))
-    batches = load_batches(accelerator, model, data, plan, num_workers=0)
+    batches = list(load_batches(accelerator, model, data, plan))
     num_target_tokens = int(lengths[select_examples(len(lengths), sizes[0], config.seed, 0), 1].sum())
-    compute_gradient(accelerator, model, batches, num_micro_batches(len(lengths), *sizes, world), num_target_tokens)
+    assert len(batches) == num_micro_batches(len(lengths), *sizes, world)
+    compute_gradient(accelerator, model, batches, num_target_tokens)
     if accelerator.is_main_process:
         gradients = {name: p.grad for name, p in accelerator.unwrap_model(model).named_parameters()}
         torch.save({"num_processes": world, "gradients": gradients}, output)

@@ -1,11 +1,15 @@
 """The plan of a step: the same examples for any number of processes, each once, little padding."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
-import torch
 
 from utils.batching import (
     collate,
+    count_computed_tokens,
+    cut_micro_batches,
     num_micro_batches,
     num_steps_per_epoch,
     plan_micro_batches,
@@ -51,22 +55,44 @@ def test_every_process_does_its_part_of_the_same_step(world, per_device):
     plans = [list(plan_steps(LENGTHS, 256, per_device, 42, rank, world, range(3))) for rank in range(world)]
     turns = num_micro_batches(12460, 256, per_device, world)
     assert {len(plan) for plan in plans} == {3 * turns}
-    assert max(len(batch) for plan in plans for batch in plan) <= per_device
+    padded = [len(batch) * LENGTHS[batch].max(axis=0) for plan in plans for batch in plan if len(batch)]
+    assert (np.max(padded, axis=0) <= per_device * LENGTHS.max(axis=0)).all()
     for step in range(3):
         examples = np.concatenate([batch for plan in plans for batch in plan[step * turns : (step + 1) * turns]])
         assert sorted(examples) == sorted(select_examples(12460, 256, 42, step))
 
 
-def test_micro_batches_are_sorted_by_length():
-    plan = plan_micro_batches(np.arange(256), LENGTHS, 4, 2)
-    in_turn = [plan[rank][turn] for turn in range(4) for rank in range(2)]
-    source_lengths = LENGTHS[np.concatenate(in_turn), 0]
-    assert (np.diff(source_lengths) <= 0).all()
+def cheapest_cut(lengths, num_pieces, limit):
+    """The fewest computed tokens over all ways to cut, by trying every one."""
+    costs = []
+    for ends in itertools.combinations(range(1, len(lengths)), num_pieces - 1):
+        pieces = np.split(lengths, ends)
+        if all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces):
+            costs.append(sum(map(count_computed_tokens, pieces)))
+    return min(costs)
+
+
+@pytest.mark.parametrize(("num_pieces", "seed"), [(3, 0), (4, 1), (5, 2), (4, 3), (3, 4)])
+def test_no_cut_computes_fewer_tokens(num_pieces, seed):
+    lengths = np.random.default_rng(seed).integers(1, (50, 9), size=(12, 2))
+    lengths = lengths[np.argsort(-lengths[:, 0])]
+    limit = math.ceil(12 / num_pieces) * lengths.max(axis=0)
+    pieces = np.split(lengths, cut_micro_batches(lengths, num_pieces, limit)[:-1])
+    assert len(pieces) == num_pieces and all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
+    assert sum(map(count_computed_tokens, pieces)) == cheapest_cut(lengths, num_pieces, limit)
+
+
+def test_ranks_share_each_turn_fairly():
+    examples = select_examples(12460, 256, 42, 0)
+    plan = plan_micro_batches(examples, LENGTHS, 4, 4, 16 * LENGTHS.max(axis=0))
+    costs = np.array([[count_computed_tokens(LENGTHS[batch]) for batch in rank] for rank in plan])
+    assert (costs.mean(axis=0) / costs.max(axis=0)).mean() > 0.85
+    assert costs.sum(axis=1).max() < 1.1 * costs.sum(axis=1).mean()
 
 
 def test_fewer_examples_than_processes_leave_some_an_empty_turn():
-    plan = plan_micro_batches(np.arange(2), LENGTHS, 1, 3)
-    assert [len(batch) for rank in plan for batch in rank] == [1, 1, 0]
+    plan = plan_micro_batches(np.arange(2), LENGTHS, 1, 3, LENGTHS.max(axis=0))
+    assert sorted(len(batch) for rank in plan for batch in rank) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -76,18 +102,17 @@ def test_a_pass_holds_every_example_once(world):
     assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == list(range(100))
 
 
-def shift_right(labels):
-    return torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1].clamp(min=0)], dim=1)
-
-
 def test_collate():
-    batch = collate({"input_ids": [[5, 6, 1], [7, 1]], "labels": [[8, 1], [9, 4, 1]]}, 0, shift_right)
+    batch = collate({"input_ids": [[5, 6, 1], [7, 1]], "labels": [[8, 1], [9, 4, 1]]}, 0)
     assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["target_positions"].tolist() == [0, 1, 3, 4, 5]
+    assert batch["targets"].tolist() == [8, 1, 9, 4, 1]
     assert batch["labels"].tolist() == [[8, 1, -100], [9, 4, 1]]
-    assert batch["decoder_input_ids"].tolist() == [[0, 8, 1], [0, 9, 4]]
 
 
 def test_collate_of_nothing_is_a_row_without_a_target():
-    batch = collate({"input_ids": [], "labels": []}, 0, shift_right)
-    assert batch["input_ids"].tolist() == [[0]] and batch["labels"].tolist() == [[-100]]
+    batch = collate({"input_ids": [], "labels": []}, 0)
+    assert (
+        batch["input_ids"].tolist() == [[0]] and batch["targets"].tolist() == batch["target_positions"].tolist() == []
+    )

@@ -135,7 +135,7 @@ def test_validation_loss_is_per_target_token(flan_t5, data_files, tmp_path):
 def test_loss_falls_and_checkpointing_changes_nothing(script, config_class, flan_t5, data_files, tmp_path):
     runs = [
         train_in_process(
-            script, config_class, flan_t5, data_files, tmp_path / str(checkpointing), num_train_epochs=4,
+            script, config_class, flan_t5, data_files, tmp_path / str(checkpointing), num_train_epochs=8,
             learning_rate=1e-2, gradient_checkpointing=checkpointing, mixed_precision="no",
         )
         for checkpointing in (False, True)

@@ -72,7 +72,6 @@ class TrainingConfig(DataConfig):
     eval_steps: int = setting(10, "optimizer updates between two validation losses")
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
-    dataloader_num_workers: int = setting(0, "worker processes that collate batches")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
     max_train_samples: int | None = setting(None, "train on the first N rows only")
     max_eval_samples: int | None = setting(None, "validate on the first N rows only")
@@ -83,9 +82,8 @@ class TrainingConfig(DataConfig):
                      "max_train_steps", "learning_rate", "max_grad_norm", "logging_steps", "eval_steps",
                      "max_train_samples", "max_eval_samples"):  # fmt: skip
             require_positive(self, name)
-        for name in ("weight_decay", "dataloader_num_workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         if self.mixed_precision == "fp16":

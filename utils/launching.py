@@ -62,6 +62,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         )
     strategy = accelerator.distributed_type.value
     if strategy != "NO" and not strategy.startswith("MULTI_"):
-        raise UserError(f"the launcher's distributed_type is {strategy}: only whole models on each process are supported")
+        raise UserError(
+            f"the launcher's distributed_type is {strategy}: only whole models on each process are supported"
+        )
     torch.manual_seed(config.seed)  # an adapter's first weights are random
     return accelerator

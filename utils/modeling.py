@@ -82,6 +82,24 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
+def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
+    """Floating-point operations of one training step per (source token, target token).
+
+    2 per weight of a matrix for the forward pass, 2 for the gradient of its input and, where it is trained, 2 for its
+    own (Kaplan et al. 2020, section 2.1); the encoder's weights for source tokens, all others for target tokens. Left
+    out are the embedding's look-up, attention's products of activations and cross-attention's keys and values, so that
+    this is a lower bound; and padding, so that computing more of it does not look like speed.
+    """
+    encoder, embedding = set(model.get_encoder().parameters()), model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    flops = {True: 0, False: 0}
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and (parameter is not embedding or parameter is head):
+            is_source = parameter in encoder and parameter is not head
+            flops[is_source] += (6 if parameter.requires_grad else 4) * parameter.numel()
+    return flops[True], flops[False]
+
+
 def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
     """Write the full model, or the adapter alone, and the tokenizer into `folder`, whole or not at all: they are first
     written beside, loaded as anybody would load them and compared with what was trained."""

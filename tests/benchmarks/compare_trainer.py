@@ -1,0 +1,126 @@
+"""Compare the scripts' training speed with Seq2SeqTrainer's, on the same rows, model and updates of 128 examples.
+
+    python tests/benchmarks/compare_trainer.py MODEL TRAIN_FILE [--repeats 3] [--updates 3] [--output_dir FOLDER]
+
+Each run is a process of its own on two threads, in turn, as often as asked: what else the machine does hits all alike.
+The first update of a run warms up and is not counted. Ratios are taken within a turn. MODEL is a folder with a
+Flan-T5-shaped model, TRAIN_FILE a csv of dialogues. Writes compare_trainer.json and compare_trainer.png.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+# Our script, and the Trainer's mode. Our LoRA base is bf16; the Trainer's is fp32 unless loaded otherwise.
+PAIRS = {
+    "full": ("train_full.py", "full"),
+    "LoRA": ("train_lora.py", "lora"),
+    "LoRA, both bf16 base": ("train_lora.py", "lora_bf16_base"),
+}
+SAMPLINGS = ("random", "group_by_length")
+
+
+def run(words: list[str]) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    finished = subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    if finished.returncode:
+        sys.exit(f"{' '.join(words)}\n{finished.stderr[-3000:]}")
+    return finished.stdout
+
+
+def measure_ours(script: str, model: str, train_file: str, num_updates: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        run([
+            script, "--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder,
+            "--total_train_batch_size", "128", "--max_train_steps", str(num_updates), "--logging_steps", "1",
+        ])  # fmt: skip
+        metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    steady = metrics[1:]
+    seconds = sum(line["num_examples"] / line["samples_per_second"] for line in steady)
+    return {
+        "samples_per_second": sum(line["num_examples"] for line in steady) / seconds,
+        "padding_efficiency": statistics.mean(line["padding_efficiency"] for line in metrics),
+        "peak_memory_mib": metrics[-1]["peak_memory_mib"],
+        "data_wait_share": statistics.mean(line["data_wait_share"] for line in steady),
+    }
+
+
+def measure_trainer(mode: str, sampling: str, model: str, train_file: str, num_updates: int) -> dict[str, float]:
+    words = ["tests/benchmarks/run_trainer.py", model, train_file, mode, sampling, str(num_updates)]
+    return json.loads(run(words).splitlines()[-1])
+
+
+def summarize(turns: list[dict[str, dict]]) -> dict[str, dict]:
+    """Median and range over the turns; `speed_ratio` and `memory_ratio` are ours over the Trainer's of the turn."""
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+    summary = {name: {key: spread([turn[name][key] for turn in turns]) for key in turns[0][name]} for name in turns[0]}
+    for sampling in SAMPLINGS:
+        for ratio, key in (("speed_ratio", "samples_per_second"), ("memory_ratio", "peak_memory_mib")):
+            summary[sampling][ratio] = spread([turn["ours"][key] / turn[sampling][key] for turn in turns])
+    return summary
+
+
+def draw(results: dict[str, dict], path: Path):
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    names = {"ours": "these scripts", "random": "Seq2SeqTrainer", "group_by_length": "Seq2SeqTrainer, group_by_length"}
+    for offset, (name, label) in enumerate(names.items()):
+        speeds = [pair[name]["samples_per_second"] for pair in results.values()]
+        medians = [speed["median"] for speed in speeds]
+        errors = [
+            [speed["median"] - speed["low"] for speed in speeds],
+            [speed["high"] - speed["median"] for speed in speeds],
+        ]
+        axes.bar(
+            [index + 0.27 * (offset - 1) for index in range(len(results))], medians, 0.25, yerr=errors, label=label
+        )
+    axes.set_xticks(range(len(results)), list(results))
+    axes.set(ylabel="samples per second", title="Training speed on two CPU cores (median and range)")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("train_file")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    arguments = parser.parse_args()
+    inputs = (str(Path(arguments.model).resolve()), str(Path(arguments.train_file).resolve()), arguments.updates)
+    results = {}
+    for pair, (script, mode) in PAIRS.items():
+        turns = []
+        for _ in range(arguments.repeats):
+            turn = {"ours": measure_ours(script, *inputs)}
+            turn |= {sampling: measure_trainer(mode, sampling, *inputs) for sampling in SAMPLINGS}
+            turns.append(turn)
+            sys.stdout.write(f"{pair}: {json.dumps(turn)}\n")
+            sys.stdout.flush()
+        results[pair] = summarize(turns)
+        for name, figures in results[pair].items():
+            cells = [
+                f"{key} {value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+                for key, value in figures.items()
+            ]
+            sys.stdout.write(f"  {name:16} {', '.join(cells)}\n")
+    (arguments.output_dir / "compare_trainer.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(results, arguments.output_dir / "compare_trainer.png")
+
+
+if __name__ == "__main__":
+    main()

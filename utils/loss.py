@@ -1,0 +1,98 @@
+"""From planned micro-batches to losses and gradients that do not depend on how the examples were cut."""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from utils.batching import collate, measure_lengths, plan_pass
+from utils.config import TrainingConfig
+
+NUM_BATCHES_AHEAD = 32
+
+
+def load_batches(
+    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, plan: Iterator[np.ndarray]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The plan's micro-batches on the device. A thread plans and collates some ahead, so that the device need not
+    wait; it takes turns with Python alone, which is idle while the device computes."""
+    model = accelerator.unwrap_model(model)
+
+    def make_batch() -> dict[str, torch.Tensor] | None:
+        indices = next(plan, None)
+        if indices is None:
+            return None
+        batch = collate(data[indices], model.config.pad_token_id)
+        if accelerator.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = deque(thread.submit(make_batch) for _ in range(NUM_BATCHES_AHEAD))
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(thread.submit(make_batch))
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+            yield batch
+
+
+def sum_target_losses(
+    accelerator: Accelerator, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Sum of the cross-entropies, in nats, over the micro-batch's target tokens. A mean would weigh the tokens of a
+    micro-batch with few of them more than others."""
+    positions, targets = batch["target_positions"], batch["targets"]
+
+    def select_targets(head: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (arguments[0].flatten(0, 1).index_select(0, positions),)
+
+    # The vocabulary is 40 times as wide as the model: padding must not reach it. A hook, so that the head stays inside
+    # the model's forward, where DDP and autocast expect it.
+    hook = accelerator.unwrap_model(model).get_output_embeddings().register_forward_pre_hook(select_targets)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    try:
+        logits = model(**inputs, use_cache=False).logits  # (target tokens, vocabulary)
+    finally:
+        hook.remove()
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+@torch.no_grad()
+def evaluate_loss(
+    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig
+) -> dict[str, float]:
+    """Loss per target token over the whole set, whatever the number of processes."""
+    lengths = measure_lengths(data)
+    plan = plan_pass(lengths, config.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    model.eval()
+    for batch in load_batches(accelerator, model, data, plan):
+        loss_sum += sum_target_losses(accelerator, model, batch)
+    model.train()
+    num_target_tokens = int(lengths[:, 1].sum())
+    loss = accelerator.reduce(loss_sum, "sum").item() / num_target_tokens
+    return {"loss": loss, "num_examples": len(data), "num_target_tokens": num_target_tokens}
+
+
+def compute_gradient(
+    accelerator: Accelerator, model: torch.nn.Module, micro_batches: list[dict], num_target_tokens: int
+) -> list[torch.Tensor]:
+    """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
+    process has equally many; gradients are synchronised once, with the last.
+
+    Returns:
+        The micro-batches' sums of losses, still on the device.
+    """
+    loss_sums = []
+    for turn, batch in enumerate(micro_batches, start=1):
+        with contextlib.nullcontext() if turn == len(micro_batches) else accelerator.no_sync(model):
+            loss_sum = sum_target_losses(accelerator, model, batch)
+            # DDP averages gradients over the processes; the sum is what makes them those of one large batch.
+            accelerator.backward(loss_sum * (accelerator.num_processes / num_target_tokens))
+        loss_sums.append(loss_sum.detach())
+    return loss_sums
