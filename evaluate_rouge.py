@@ -45,7 +45,7 @@ def main(config: EvaluationConfig):
         # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
         predictions["random"] = random_training_summaries(load_rows(config, "train"), texts, config.seed)
 
-    clear_output_dir(accelerator, config)
+    clear_output_dir(accelerator, config, "predictions.jsonl", "results.json")
     if accelerator.is_main_process:
         write_report(config, rows, dialogues, predictions, format_example(example, shown))
     accelerator.end_training()

@@ -1,10 +1,12 @@
 """The literal default commands, against a stand-in of the hub: a Flan-T5-shaped model under its real name and as many
 dialogues as DialogSum has. Then again from the cache, with no hub at all."""
 
+import contextlib
 import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -53,7 +55,7 @@ def launch(folder: Path, environment: dict[str, str], script: str, *words: str) 
     with subprocess.Popen(
         [accelerate, "launch", REPOSITORY / script, *words],
         cwd=folder,
-        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
+        env=inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,7 +64,7 @@ def launch(folder: Path, environment: dict[str, str], script: str, *words: str) 
         try:
             written, log = process.communicate(timeout=240)
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(process.args, process.returncode, written, log)
 
@@ -106,6 +108,8 @@ def test_default_commands(hub, tmp_path):
     evaluation = launch(folder, online, "evaluate_rouge.py")
     assert evaluation.returncode == 0, evaluation.stderr
     check_evaluation(folder / "rouge-report", evaluation.stdout)
+    quick_look = ["--max_eval_samples", "10", "--example_index", "42", "--output_dir", "quick-look"]
+    assert launch(folder, online, "evaluate_rouge.py", *quick_look).returncode == 0
     assert hub.unanswered == []
 
     # The hub is gone; what is in the cache does, and nobody waits for a network.
@@ -122,8 +126,22 @@ def test_default_commands(hub, tmp_path):
         "again",
         "flan-t5-base-dialogsum-checkpoint",
         "flan-t5-base-dialogsum-lora",
+        "quick-look",
         "rouge-report",
     ]
+
+
+def test_readme_for_a_machine_without_a_network(hub, tmp_path):
+    """README's lines fill a cache where there is a hub; its default command then runs where there is none."""
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    lines = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("python -c")]
+    assert len(lines) == 2
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    for line in lines:
+        words = [sys.executable, *shlex.split(line)[1:]]
+        subprocess.run(words, env=inherited | online, check=True, capture_output=True, timeout=120)
+    offline = online | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    check_training(launch(tmp_path, offline, "train_lora.py"), tmp_path / "flan-t5-base-dialogsum-lora", 6144)
 
 
 def check_evaluation(folder: Path, printed: str):

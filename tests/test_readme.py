@@ -13,15 +13,21 @@ from conftest import REPOSITORY, make_rows, write_rows
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, parse_config
 
 RUN_ELSEWHERE = {
-    "pip install -r requirements-dev.txt && pytest": ".ci/run",
-    "pip install -r requirements.txt && accelerate launch train_lora.py --demo": "test_demo.py",  # pip: .ci/run
-    "accelerate launch train_full.py --demo": "test_demo.py",
-    "accelerate launch evaluate_rouge.py --demo": "test_demo.py",
-    "accelerate launch train_full.py": "test_hub.py",
-    "accelerate launch train_lora.py": "test_hub.py",
-    "accelerate launch evaluate_rouge.py": "test_hub.py",
-    "accelerate launch evaluate_rouge.py --max_eval_samples 10 --example_index 42 --output_dir quick-look": "test_hub.py",
-    "HF_HUB_OFFLINE=1 accelerate launch train_lora.py": "test_hub.py",
+    ".ci/run": ["pip install -r requirements-dev.txt && pytest"],
+    "test_demo.py": [
+        "pip install -r requirements.txt && accelerate launch train_lora.py --demo",  # pip's part: .ci/run
+        "accelerate launch train_full.py --demo",
+        "accelerate launch evaluate_rouge.py --demo",
+        "accelerate launch evaluate_rouge.py --demo --split validation --example_index 29 --max_eval_samples 10 "
+        "--output_dir demo-sample",
+    ],
+    "test_hub.py": [
+        "accelerate launch train_full.py",
+        "accelerate launch train_lora.py",
+        "accelerate launch evaluate_rouge.py",
+        "accelerate launch evaluate_rouge.py --max_eval_samples 10 --example_index 42 --output_dir quick-look",
+        "HF_HUB_OFFLINE=1 accelerate launch train_lora.py",
+    ],
 }
 # Needs GPUs or more nodes than the tests have: their words are parsed; test_slurm.py runs the same files.
 PARSED = {
@@ -40,10 +46,11 @@ def readme_commands() -> list[str]:
 
 
 def test_every_command_is_run():
-    here = [command for command in readme_commands() if command not in RUN_ELSEWHERE and command not in PARSED]
+    known = PARSED.union(*RUN_ELSEWHERE.values())
+    here = [command for command in readme_commands() if command not in known]
     assert len(here) == 5 and sum("--dialogue_column" in command for command in here) == 3
     assert sum(command.startswith("python -c") for command in here) == 2, "run by test_hub.py"
-    assert (set(RUN_ELSEWHERE) | PARSED) <= set(readme_commands())
+    assert known <= set(readme_commands())
 
 
 @pytest.mark.parametrize("command", sorted(PARSED))
@@ -62,7 +69,7 @@ def test_words_are_understood(command):
 
 
 def test_commands_for_own_data(flan_t5, tmp_path):
-    """In the order of README, with a small model instead of google/flan-t5-base, and files of the columns named there."""
+    """In README's order, with a small model instead of google/flan-t5-base and files of the columns named there."""
     commands = [command for command in readme_commands() if "--dialogue_column" in command]
     assert len(commands) == 3
     rows = [{"id": row["id"], "text": row["dialogue"], "gold": row["summary"]} for row in make_rows(12)]

@@ -46,8 +46,8 @@ class DataConfig:
     def __post_init__(self):
         for name in ("max_source_length", "per_device_eval_batch_size"):
             require_positive(self, name)
-        if self.seed < 0:
-            raise UserError(f"--seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:  # what torch takes
+            raise UserError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
         if self.dialogue_column == self.summary_column:
             raise UserError(f"--dialogue_column and --summary_column are both {self.summary_column!r}")
 
@@ -153,22 +153,21 @@ def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line wins over it", metavar="FILE.yaml")
     parser.error = _raise_user_error
-    yaml_names = [name for name in names if name != "demo"]
+    yaml_names = {item.name: item.type == list[str] for item in fields(config_class) if item.name != "demo"}
     given, _ = parser.parse_known_args(argv)
     from_demo = read_yaml(REPOSITORY / "demo" / demo_file, yaml_names) if given.demo else []
     from_yaml = read_yaml(Path(given.config), yaml_names) if given.config else []
     values, unknown = parser.parse_known_args([*from_demo, *from_yaml, *argv])
     if unknown:
-        raise UserError(
-            f"unknown setting {unknown[0]}{nearest(unknown[0].partition('=')[0].lstrip('-'), names, '--')}"
-        )
+        name = unknown[0].partition("=")[0].lstrip("-")
+        raise UserError(f"unknown setting {unknown[0]}{nearest(name, [*names, 'config'], '--')}")
     return config_class(**{name: getattr(values, name) for name in names})
 
 
-def read_yaml(path: Path, names: list[str]) -> list[str]:
+def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:
     """A YAML file's settings as command line words, so that both are checked and converted by the same rules."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -176,10 +175,12 @@ def read_yaml(path: Path, names: list[str]) -> list[str]:
     words = []
     for name, value in settings.items():
         if name not in names:
-            raise UserError(f"--config {path}: unknown setting {name!r}{nearest(str(name), names, '')}")
+            raise UserError(f"--config {path}: unknown setting {name!r}{nearest(str(name), list(names), '')}")
+        if isinstance(value, list) and not names[name]:
+            raise UserError(f"--config {path}: {name} takes one value, got a list")
         if isinstance(value, list):
             words += [f"--{name}", *(_resolve(item) for item in value)]
-        elif value is not None:
+        elif value not in ("", "null", "~"):
             words += [f"--{name}={_resolve(value)}"]
     return words
 

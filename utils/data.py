@@ -6,6 +6,7 @@ row and column, before any model is loaded. Rows are counted from 1, the header 
 
 import csv
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Iterable
@@ -30,10 +31,10 @@ def load_rows(
 ) -> list[dict[str, str]]:
     """The first `max_samples` rows of a split, checked; none if the split is optional and only others have a file."""
     files = {name: getattr(config, f"{name}_file") for name in SPLITS}
-    if any(files.values()):
+    if any(path is not None for path in files.values()):
         if files[split] is None and optional:
             return []
-        if files[split] is None:
+        if not files[split]:
             raise UserError(f"--{split}_file is missing: with files of one's own the hub's data set is not used")
         source, numbered_rows = files[split], read_file(Path(files[split]))
     else:
@@ -55,7 +56,7 @@ def read_file(path: Path) -> list[tuple[int, Any]]:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     try:
         text = content.decode("utf-8-sig")  # spreadsheets write a byte order mark
@@ -74,7 +75,7 @@ def read_file(path: Path) -> list[tuple[int, Any]]:
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f"line {line or getattr(error, 'lineno', 1)}, column {getattr(error, 'colno', 1)}"
         raise UserError(f"{path}, {where}: broken JSON: {getattr(error, 'msg', error)}") from error
 
@@ -82,7 +83,7 @@ def parse_json(text: str, path: Path, line: int | None = None) -> Any:
 def parse_csv(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
     # The standard library's reader and not pandas', which reads a dialogue "None" or "NA" as a missing value.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
         header = next(reader, [])
@@ -108,6 +109,7 @@ def check_rows(numbered_rows: Iterable[tuple[int, Any]], source: str, split: str
             name: read_text(given, getattr(config, f"{name}_column"), name, where) for name in ("dialogue", "summary")
         }
         row["id"] = str(given["id"]) if given.get("id") is not None else f"{split}_{number - 1}"
+        check_encodable(row["id"], "id", where)
         first_number, first_dialogue = first_with_id.setdefault(row["id"], (number, row["dialogue"]))
         if row["dialogue"] != first_dialogue:
             raise UserError(f"{where}, column 'id': {row['id']!r} is another dialogue's in row {first_number}")
@@ -124,11 +126,15 @@ def read_text(row: dict, column: str, name: str, where: str) -> str:
         raise UserError(f"{where}, column {column!r}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
     if not clean_text(text):
         raise UserError(f"{where}, column {column!r}: empty text")
+    check_encodable(text, column, where)
+    return clean_text(text)
+
+
+def check_encodable(text: str, column: str, where: str):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"{where}, column {column!r}: half a surrogate pair at character {error.start}") from error
-    return clean_text(text)
 
 
 def group_by_dialogue(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -153,10 +159,11 @@ def load_predictions(path: Path, dialogues: list[dict[str, Any]]) -> dict[str, l
     texts = {}
     for number, row in read_file(path):
         where = f"{path}, row {number}"
-        for column in ("id", "prediction"):
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        for column, types in (("id", str | int), ("prediction", str)):
+            if not isinstance(row, dict) or not isinstance(row.get(column), types):
                 raise UserError(f"{where}, column {column!r}: expected text")
-        index = index_of.get(row["id"])
+        check_encodable(row["prediction"], "prediction", where)
+        index = index_of.get(str(row["id"]))
         if index is None:
             raise UserError(f"{where}, column 'id': {row['id']!r} is not among the rows that are scored")
         of_model = texts.setdefault(str(row.get("model") or "predictions"), {})
@@ -207,7 +214,7 @@ def tokenize_rows(
     content = fingerprint(
         rows,
         build_prompt("{}"),
-        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [repr(tokenizer), tokenizer.get_vocab()],
         config.max_source_length,
         config.max_target_length,
     )

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import datasets
 from huggingface_hub import constants
+from safetensors import SafetensorError
 
 from utils.config import UserError
 
 logger = logging.getLogger(__name__)
+# What transformers, PEFT, safetensors and datasets raise for files that are missing, broken or of another shape.
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, datasets.exceptions.DatasetsError
+)  # fmt: skip
 
 
 @contextmanager
@@ -24,7 +29,7 @@ def explain_hub_errors(setting: str, name: str, kind: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--{setting} {name}: {_explain(error, name, kind)}") from error
 
 

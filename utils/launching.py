@@ -27,7 +27,7 @@ def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
             main(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
 
 

@@ -13,10 +13,16 @@ from utils.config import LoraTrainingConfig, UserError
 from utils.hub import explain_hub_errors
 
 logger = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer*", "spiece.model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
 
 def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> PreTrainedTokenizerBase:
+    check_folder(name_or_path, setting)
+    if Path(name_or_path).is_dir() and not any(
+        path for pattern in TOKENIZER_FILES for path in Path(name_or_path).glob(pattern)
+    ):
+        raise UserError(f"--{setting} {name_or_path}: no tokenizer in this folder")  # transformers would invent one
     with explain_hub_errors(setting, name_or_path, "model"):
         return AutoTokenizer.from_pretrained(name_or_path)
 
@@ -31,14 +37,24 @@ def load_model(
     with explain_hub_errors(setting, name_or_path, "model"):
         if (Path(name_or_path) / "adapter_config.json").is_file():
             base_name = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+            if not base_name:
+                raise UserError(f"--{setting} {name_or_path}: adapter_config.json names no base")
             base = load_model(base_name, attn_implementation, dtype, f"{setting} {name_or_path}, its base")
-            return PeftModel.from_pretrained(base, name_or_path).merge_and_unload()
+            # Merging leaves the weights frozen.
+            return PeftModel.from_pretrained(base, name_or_path).merge_and_unload().requires_grad_(True)
         config = AutoConfig.from_pretrained(name_or_path)
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
+        if report["missing_keys"]:  # transformers would make them up
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
     return keep_untied_head(model)
 
 
@@ -63,6 +79,15 @@ def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
 
 def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
     """The model with its weights frozen and a trainable fp32 adapter beside each target module."""
+    if (Path(config.model_name_or_path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"--model_name_or_path {config.model_name_or_path}: holds an adapter, and a second one on it could not "
+            "name its base: train on the first one's base, or on a full model"
+        )
+    names = [name for name, _ in model.named_modules()]
+    for target in config.lora_target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT asks only that one of them exists
+            raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: no module {target!r}")
     lora_config = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM,
         r=config.lora_r,

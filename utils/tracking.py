@@ -31,6 +31,12 @@ RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker")
 def check_output_dir(config: Any):
     """UserError if output_dir holds a run and may not be overwritten, or cannot be written. Writes nothing."""
     folder = Path(config.output_dir)
+    if not config.output_dir:
+        raise UserError("--output_dir is empty")
+    try:
+        folder.exists()
+    except OSError as error:  # a name too long
+        raise UserError(f"--output_dir {folder}: {error.strerror}") from error
     held = find_run_files(folder)
     if held and not config.overwrite_output_dir:
         raise UserError(
@@ -41,18 +47,18 @@ def check_output_dir(config: Any):
         raise UserError(f"--output_dir {folder}: cannot write to {parent}")
 
 
-def find_run_files(folder: Path) -> list[Path]:
+def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:
     """What an earlier run left in the folder; other people's files are not among it."""
-    return [path for pattern in (*RUN_FILES, *RUN_FOLDERS) for path in folder.glob(pattern)]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def clear_output_dir(accelerator: Accelerator, config: Any):
+def clear_output_dir(accelerator: Accelerator, config: Any, *patterns: str):
     """Make output_dir, without what an earlier run left in it. To be called once all that can be wrong is checked."""
     accelerator.wait_for_everyone()  # so that no process still looks for an earlier run
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in find_run_files(folder):
+        for path in find_run_files(folder, patterns or (*RUN_FILES, *RUN_FOLDERS)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
 

@@ -1,0 +1,74 @@
+"""Which facts a summary of the demo's world gets right, and the summaries that a blind guesser would give.
+
+ROUGE forgives a wrong day or a swapped pair of speakers: most words still match. So facts are read out of a summary by
+the same templates that write summaries: a word counts only in the role that it plays.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from demo.world import DAYS, WISHES
+
+_SLOTS = {
+    "a": r"(?P<a>#Person[12]#)",
+    "b": r"(?P<b>#Person[12]#)",
+    "item": r"(?P<item>\w+)",
+    "will": r"will(?: not)?",
+}
+_WHEN = rf"(?:on (?P<day>{'|'.join(DAYS)})|at (?P<hour>\w+ o'clock))"
+_PLACE = r"at the (?P<place>\w+)"
+_MEETINGS = [
+    re.compile(rf"\b[Tt]hey will meet {first} {second}\.") for first, second in ((_WHEN, _PLACE), (_PLACE, _WHEN))
+]
+
+
+def _pattern(wish: str) -> re.Pattern:
+    """Return the pattern that reads a sentence back which this template wrote."""
+    pattern = wish
+    for slot, group in _SLOTS.items():
+        # A name used again in a template must be the same person again.
+        pattern = pattern.replace(f"{{{slot}}}", group, 1).replace(f"{{{slot}}}", f"(?P={slot})")
+    return re.compile(rf"{pattern}(?=[.,]| because )")
+
+
+_WISHES = [_pattern(wish) for wishes in WISHES.values() for wish in wishes]
+
+
+def extract_facts(summary: str) -> dict[str, str]:
+    """Return who asks, the item, the time and the place that a summary states; what it does not state is left out."""
+    facts = {}
+    wish = next((match for pattern in _WISHES if (match := pattern.match(summary.strip()))), None)
+    if wish and wish["a"] != wish.groupdict().get("b"):
+        facts |= {"who": wish["a"], "item": wish["item"]}
+    meeting = next((match for pattern in _MEETINGS if (match := pattern.search(summary))), None)
+    if meeting:
+        facts |= {"time": meeting["day"] or meeting["hour"], "place": meeting["place"]}
+    return facts
+
+
+def score_facts(predictions: Sequence[str], facts: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """Return for each kind how many dialogues have that fact, how many predictions state it rightly, and which share
+    one would get by always answering with the most common value."""
+    scores = {}
+    for kind in ("who", "item", "time", "place"):
+        pairs = [
+            (extract_facts(text).get(kind), fact[kind])
+            for text, fact in zip(predictions, facts, strict=True)
+            if kind in fact
+        ]
+        values = Counter(expected for _, expected in pairs)
+        scores[kind] = {
+            "correct": sum(predicted == expected for predicted, expected in pairs),
+            "total": len(pairs),
+            "majority": max(values.values()) / len(pairs) if pairs else 0.0,
+        }
+    return scores
+
+
+def random_training_summaries(train_rows: Sequence[dict], dialogues: Sequence[str], seed: int) -> list[str]:
+    """Return one random training summary per row; rows with the same dialogue get the same one."""
+    rng = random.Random(seed)
+    guesses = {dialogue: rng.choice(train_rows)["summary"] for dialogue in dict.fromkeys(dialogues)}
+    return [guesses[dialogue] for dialogue in dialogues]
