@@ -12,15 +12,13 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from demo.facts import random_training_summaries, score_facts
-from utils.config import EvaluationConfig
+from utils.config import EvaluationConfig, UserError
 from utils.data import fingerprint, group_by_dialogue, load_predictions, load_rows, read_file
-from utils.generation import generate_summaries
+from utils.generation import summarize_with_models
 from utils.launching import run_script
-from utils.modeling import check_folder, load_model, load_tokenizer
 from utils.report import format_example, format_facts, format_scores
 from utils.rouge import compare_models
 from utils.tracking import check_output_dir, clear_output_dir, describe_software, write_json, write_jsonl
@@ -31,14 +29,15 @@ def main(config: EvaluationConfig):
     rows = load_rows(config, config.split)
     dialogues = group_by_dialogue(rows[: config.max_eval_samples])
     texts = [dialogue["dialogue"] for dialogue in dialogues]
-    example = rows[min(config.example_index, len(rows) - 1)]
+    example_index = min(config.example_index, len(rows) - 1)
+    facts = read_demo_facts(config, dialogues) if config.demo else []
     accelerator = Accelerator()
 
     if config.predictions_file:
         predictions = load_predictions(Path(config.predictions_file), dialogues)
         shown = {}
     else:
-        summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
+        summaries = summarize_with_models(accelerator, [*texts, rows[example_index]["dialogue"]], config)
         predictions = {name: of_model[:-1] for name, of_model in summaries.items()}
         shown = {name: of_model[-1] for name, of_model in summaries.items()}
     if config.demo:
@@ -47,44 +46,22 @@ def main(config: EvaluationConfig):
 
     clear_output_dir(accelerator, config, "predictions.jsonl", "results.json")
     if accelerator.is_main_process:
-        write_report(config, rows, dialogues, predictions, format_example(example, shown))
+        example = f"Row {example_index} of the {config.split} split\n\n{format_example(rows[example_index], shown)}"
+        write_report(config, rows, dialogues, predictions, facts, example)
     accelerator.end_training()
 
 
-def summarize_with_models(
-    accelerator: Accelerator, texts: list[str], config: EvaluationConfig
-) -> dict[str, list[str]]:
-    """`summaries[model]`, a text for each of `texts`; one model after the other is in memory."""
-    models = dict(model.split("=", maxsplit=1) for model in config.models)
-    for name, path in models.items():
-        script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
-        flags = " --demo" if config.demo else ""
-        check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
-    tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
-    summaries = {}
-    for name, path in models.items():
-        model = load_model(path, config.attn_implementation, torch.float32, f"models {name}")
-        summaries[name] = generate_summaries(accelerator, model, tokenizers[name], texts, config, name)
-    return summaries
+def read_demo_facts(config: EvaluationConfig, dialogues: list[dict]) -> list[dict[str, str]]:
+    """The facts of each dialogue, which the demo's files hold beside its summary."""
+    path = Path(getattr(config, f"{config.split}_file"))
+    facts = {row["id"]: row.get("facts") for _, row in read_file(path)}
+    if not all(facts.values()):
+        raise UserError(f"--{config.split}_file {path}: no column 'facts', which --demo scores")
+    return [facts[dialogue["id"]] for dialogue in dialogues]
 
 
-def write_report(config: EvaluationConfig, rows: list, dialogues: list, predictions: dict, example: str):
-    """Score, write predictions.jsonl and results.json, and print what a person wants to see."""
-    references = [dialogue["references"] for dialogue in dialogues]
-    models, comparisons = compare_models(predictions, references, config.use_stemmer, config.seed)
-    results = {
-        "models": models,
-        "comparisons": comparisons,
-        "num_dialogues": len(dialogues),
-        "num_rows": sum(map(len, references)),
-        "data_fingerprint": fingerprint(rows),
-        "settings": dataclasses.asdict(config),
-        **describe_software(),
-    }
-    if config.demo:
-        facts = {row["id"]: row["facts"] for _, row in read_file(Path(getattr(config, f"{config.split}_file")))}
-        expected = [facts[dialogue["id"]] for dialogue in dialogues]
-        results["facts"] = {name: score_facts(texts, expected) for name, texts in predictions.items()}
+def write_report(config: EvaluationConfig, rows: list, dialogues: list, predictions: dict, facts: list, example: str):
+    """Write predictions.jsonl, score, write results.json, and print what a person wants to see."""
     output_dir = Path(config.output_dir)
     write_jsonl(
         output_dir / "predictions.jsonl",
@@ -94,10 +71,23 @@ def write_report(config: EvaluationConfig, rows: list, dialogues: list, predicti
             for dialogue, text in zip(dialogues, texts, strict=True)
         ],
     )
-    write_json(output_dir / "results.json", results)
-    parts = [f"Row {config.example_index} of the {config.split} split", example, format_scores(results)]
-    if config.demo:
+    references = [dialogue["references"] for dialogue in dialogues]
+    models, comparisons = compare_models(predictions, references, config.use_stemmer, config.seed)
+    results = {
+        "models": models,
+        "comparisons": comparisons,
+        "num_dialogues": len(dialogues),
+        "num_rows": sum(map(len, references)),
+        "num_processes": PartialState().num_processes,
+        "data_fingerprint": fingerprint(rows),
+        "settings": dataclasses.asdict(config),
+        **describe_software(),
+    }
+    parts = [example, format_scores(results)]
+    if facts:
+        results["facts"] = {name: score_facts(texts, facts) for name, texts in predictions.items()}
         parts.append(format_facts(results["facts"]))
+    write_json(output_dir / "results.json", results)
     sys.stdout.write("\n\n".join([*parts, f"written: {output_dir}"]) + "\n")
 
 

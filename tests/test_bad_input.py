@@ -685,13 +685,15 @@ def test_mistake_beside_overwrite_output_dir(refuse, here, finished, script):
 def test_overwrite_output_dir(here, data_files, flan_t5, finished, script, earlier):
     shutil.copytree(finished[earlier or script], here / "out")
     (here / "out" / "notes.txt").write_text("mine")
+    (here / "out" / "notes.safetensors").write_text("mine")
+    (here / "out" / "tokenizer.json.bak").mkdir()
     (here / "out" / "drafts").mkdir()
     (here / "out" / "drafts" / "config.json").write_text("mine too")
     start(script, *quick_run(script, flan_t5, data_files), "--output_dir=out", "--overwrite_output_dir")
     left = snapshot(here / "out")
-    assert left.pop("notes.txt") == b"mine"
+    assert left.pop("notes.txt") == left.pop("notes.safetensors") == b"mine"
     assert left.pop("drafts/config.json") == b"mine too"
-    assert left.pop("drafts") is None
+    assert left.pop("drafts") is None and left.pop("tokenizer.json.bak") is None
     assert left.keys() == snapshot(finished[script]).keys()
 
 

@@ -10,7 +10,7 @@ from utils.batching import (
     collate,
     count_computed_tokens,
     cut_micro_batches,
-    num_micro_batches,
+    gradient_accumulation_steps,
     num_steps_per_epoch,
     plan_micro_batches,
     plan_pass,
@@ -33,11 +33,11 @@ def test_dialogsum_has_48_steps():
     [(16, 1, 16), (32, 1, 8), (256, 1, 1), (16, 3, 6), (300, 1, 1), (1, 64, 4), (16, 64, 1)],
 )
 def test_accumulation_follows_from_the_sizes(per_device, world, turns):
-    assert num_micro_batches(12460, 256, per_device, world) == turns
+    assert gradient_accumulation_steps(12460, 256, per_device, world) == turns
 
 
 def test_accumulation_of_a_small_set():
-    assert num_micro_batches(40, 256, 16, 1) == 3
+    assert gradient_accumulation_steps(40, 256, 16, 1) == 3
 
 
 def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew():
@@ -53,7 +53,7 @@ def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew(
 @pytest.mark.parametrize("per_device", [4, 16, 300])
 def test_every_process_does_its_part_of_the_same_step(world, per_device):
     plans = [list(plan_steps(LENGTHS, 256, per_device, 42, rank, world, range(3))) for rank in range(world)]
-    turns = num_micro_batches(12460, 256, per_device, world)
+    turns = gradient_accumulation_steps(12460, 256, per_device, world)
     assert {len(plan) for plan in plans} == {3 * turns}
     padded = [len(batch) * LENGTHS[batch].max(axis=0) for plan in plans for batch in plan if len(batch)]
     assert (np.max(padded, axis=0) <= per_device * LENGTHS.max(axis=0)).all()

@@ -60,6 +60,7 @@ def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
     one, two = ((folder / "predictions.jsonl").read_text() for folder in folders)
     assert one == two
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert [result["num_processes"] for result in results] == [1, 2]
     assert results[0]["models"] == results[1]["models"] and results[0]["comparisons"] == results[1]["comparisons"]
     predictions = read_jsonl(folders[0] / "predictions.jsonl")
     assert [(row["id"], row["model"], len(row["references"])) for row in predictions] == [

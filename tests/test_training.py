@@ -2,18 +2,26 @@
 
 import json
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import make_rows, read_jsonl, run_script, write_flan_t5, write_rows
 from gradient_worker import main as save_gradient
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.t5.modeling_t5 import T5LayerFF
 
 import train_full
 import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.data import load_rows, tokenize_rows
+from utils.loss import compute_gradient, load_batches
+from utils.modeling import add_lora, load_model, load_tokenizer
 from utils.prompting import build_prompt
 
 
@@ -65,8 +73,9 @@ def test_more_processes_than_examples(flan_t5, tmp_path):
     rows = write_rows(tmp_path / "two.jsonl", make_rows(2))
     run = run_script("tests/gradient_worker.py", flan_t5, rows, 40, 4, tmp_path / "gradient.pt", num_processes=3)
     assert run.returncode == 0, run.stderr
-    gradients = torch.load(tmp_path / "gradient.pt", weights_only=True)["gradients"]
-    assert relative_difference(gradients, plain_gradient(flan_t5, make_rows(2))) < 1e-6
+    saved = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    assert saved["num_processes"] == 3
+    assert relative_difference(saved["gradients"], plain_gradient(flan_t5, make_rows(2))) < 1e-6
 
 
 def train_in_process(script, config_class, flan_t5, data_files, output_dir, **settings):
@@ -132,18 +141,53 @@ def test_validation_loss_is_per_target_token(flan_t5, data_files, tmp_path):
 
 
 @pytest.mark.parametrize(("script", "config_class"), [(train_full, TrainingConfig), (train_lora, LoraTrainingConfig)])
-def test_loss_falls_and_checkpointing_changes_nothing(script, config_class, flan_t5, data_files, tmp_path):
-    runs = [
-        train_in_process(
+def test_loss_falls_and_checkpointing_changes_nothing(
+    script, config_class, flan_t5, data_files, tmp_path, monkeypatch
+):
+    num_forwards = Counter()
+    forward = T5LayerFF.forward
+
+    def count(layer, *inputs):
+        num_forwards[torch.is_grad_enabled(), checkpointing] += 1
+        return forward(layer, *inputs)
+
+    monkeypatch.setattr(T5LayerFF, "forward", count)
+    losses = {}
+    for checkpointing in (False, True):
+        metrics = train_in_process(
             script, config_class, flan_t5, data_files, tmp_path / str(checkpointing), num_train_epochs=8,
             learning_rate=1e-2, gradient_checkpointing=checkpointing, mixed_precision="no",
-        )
-        for checkpointing in (False, True)
-    ]  # fmt: skip
-    losses = [[line["loss"] for line in run["train"] + run["validation"]] for run in runs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    train_losses = [line["loss"] for line in runs[0]["train"]]
-    assert train_losses[-1] < train_losses[0] - 0.2
+        )  # fmt: skip
+        losses[checkpointing] = [line["loss"] for line in metrics["train"] + metrics["validation"]]
+        assert metrics["train"][-1]["loss"] < metrics["train"][0]["loss"] - 0.2
+    assert losses[False] == pytest.approx(losses[True], rel=1e-5)
+    # 40 updates of 2 micro-batches through 4 blocks; once more for each where activations are computed twice.
+    assert num_forwards[True, False] == 40 * 2 * 4
+    assert num_forwards[True, True] + num_forwards[False, True] - num_forwards[False, False] == 2 * 40 * 2 * 4
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    num_waits = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        self.num_waits += operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_micro_batch_waits_for_the_device(flan_t5, data_files, lora):
+    accelerator = Accelerator(mixed_precision="bf16")
+    config = LoraTrainingConfig(train_file=str(data_files["train"]))
+    data = tokenize_rows(accelerator, load_rows(config, "train"), load_tokenizer(str(flan_t5)), config, "train")
+    model = load_model(str(flan_t5), "sdpa", torch.float32)
+    model = accelerator.prepare(add_lora(model, config) if lora else model)
+    batches = list(load_batches(accelerator, model, data, iter([np.arange(8), np.arange(8, 16)])))
+    with CountWaits() as counter:
+        compute_gradient(accelerator, model, batches, num_target_tokens=100)
+    assert counter.num_waits == 0
+    assert any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_same_run_twice_is_the_same_to_the_bit(flan_t5, data_files, tmp_path):
@@ -203,3 +247,41 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(flan_t5, data_files, 
     good = load_file(tmp_path / "good" / "model.safetensors")
     assert all(torch.equal(kept[name], good[name]) for name in good)
     assert not (tmp_path / "bad" / "config.json").exists()
+    # On two processes, too: none of them ends while another still saves.
+    words = [
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--train_file",
+        files["train"],
+        "--output_dir",
+        tmp_path / "2",
+    ]
+    words += ["--total_train_batch_size", 8, "--num_train_epochs", 2, "--lr_scheduler_type", "constant"]
+    run = run_script("train_full.py", *words, num_processes=2)
+    assert run.returncode != 0 and "row_17" in run.stderr
+    assert (tmp_path / "2" / "last_good_model" / "config.json").exists()
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(flan_t5, data_files, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(flan_t5)
+    with torch.no_grad():
+        model.shared.weight[:] = math.inf
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(flan_t5).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"^validation after 0 updates: .*row_0\b"):
+        train_in_process(train_full, TrainingConfig, tmp_path / "model", data_files, tmp_path / "out")
+    assert not (tmp_path / "out" / "last_good_model").exists()
+
+
+def test_tokens_are_made_once(flan_t5, data_files, tmp_path):
+    """A second run, and every further process, finds them in the cache."""
+    words = ["--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--max_train_steps", 1]
+    words += ["--validation_file", data_files["validation"]]
+    for name, num_processes in (("1", 1), ("2", 2)):
+        home = str(tmp_path / "home")
+        run = run_script(
+            "train_lora.py", *words, "--output_dir", tmp_path / name, num_processes=num_processes, HF_HOME=home
+        )
+        assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "home" / "datasets" / "dialogue_tokens").iterdir())) == 2

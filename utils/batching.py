@@ -24,7 +24,9 @@ def num_steps_per_epoch(num_examples: int, total_train_batch_size: int) -> int:
     return max(1, num_examples // total_train_batch_size)
 
 
-def num_micro_batches(num_examples: int, total_train_batch_size: int, per_device_batch_size: int, world: int) -> int:
+def gradient_accumulation_steps(
+    num_examples: int, total_train_batch_size: int, per_device_batch_size: int, world: int
+) -> int:
     """Micro-batches that each of `world` processes computes for one step: the gradient accumulation steps."""
     return math.ceil(min(num_examples, total_train_batch_size) / (per_device_batch_size * world))
 
@@ -114,7 +116,7 @@ def plan_steps(
     steps: Iterable[int],
 ) -> Iterator[np.ndarray]:
     """The micro-batches of one rank, turn by turn, for each of `steps`."""
-    num_turns = num_micro_batches(len(lengths), total_train_batch_size, per_device_train_batch_size, world)
+    num_turns = gradient_accumulation_steps(len(lengths), total_train_batch_size, per_device_train_batch_size, world)
     token_limit = per_device_train_batch_size * lengths.max(axis=0)
     for step in steps:
         examples = select_examples(len(lengths), total_train_batch_size, seed, step)

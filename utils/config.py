@@ -37,7 +37,7 @@ class DataConfig:
     dialogue_column: str = setting("dialogue", "column that holds the dialogue")
     summary_column: str = setting("summary", "column that holds the summary")
     max_source_length: int = setting(1024, "longest prompt, in tokens; the dialogue's end is cut")
-    per_device_eval_batch_size: int = setting(32, "examples per process and forward pass when not training")
+    per_device_eval_batch_size: int = setting(32, "the same, when not training")
     attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
     seed: int = setting(42, "seed of everything that is random")
     overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
@@ -58,7 +58,9 @@ class TrainingConfig(DataConfig):
     output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
-    per_device_train_batch_size: int = setting(16, "most examples per process and forward pass")
+    per_device_train_batch_size: int = setting(
+        16, "examples of full length that fit into one forward pass; of shorter ones more do"
+    )
     num_train_epochs: int = setting(1, "passes over the training set")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
     learning_rate: float = setting(1e-3, "highest learning rate of AdamW")

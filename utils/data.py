@@ -185,6 +185,13 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All that decides which tokens it makes, but for what a call leaves behind in it."""
+    if not tokenizer.is_fast:
+        return [repr(tokenizer), tokenizer.get_vocab()]
+    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+
+
 def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list, list]:
     """(input_ids, lengths before truncation) of each dialogue's prompt; truncation cuts the dialogue's end, never
     the words after it that ask for the summary."""
@@ -205,7 +212,9 @@ def tokenize_rows(
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         input_ids, source_lengths = tokenize_prompts(batch["dialogue"], tokenizer, config.max_source_length)
         full = tokenizer(text_target=batch["summary"]).input_ids
-        cut = tokenizer(text_target=batch["summary"], truncation=True, max_length=config.max_target_length).input_ids
+        limit = config.max_target_length
+        # By hand, since truncation=True stays set in the tokenizer and would change the cache's key. The end is kept.
+        cut = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in full]
         return {
             "input_ids": input_ids, "labels": cut,
             "uncut_source_length": source_lengths, "uncut_target_length": [len(ids) for ids in full],
@@ -214,7 +223,7 @@ def tokenize_rows(
     content = fingerprint(
         rows,
         build_prompt("{}"),
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [repr(tokenizer), tokenizer.get_vocab()],
+        describe_tokenizer(tokenizer),
         config.max_source_length,
         config.max_target_length,
     )

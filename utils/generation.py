@@ -12,8 +12,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from utils.batching import deal
 from utils.config import EvaluationConfig
 from utils.data import tokenize_prompts
+from utils.modeling import check_folder, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+def summarize_with_models(
+    accelerator: Accelerator, texts: list[str], config: EvaluationConfig
+) -> dict[str, list[str]]:
+    """`summaries[model]`, a text for each of `texts`; one model after the other is in memory."""
+    models = dict(model.split("=", maxsplit=1) for model in config.models)
+    for name, path in models.items():
+        script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
+        flags = " --demo" if config.demo else ""
+        check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
+    tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
+    summaries = {}
+    for name, path in models.items():
+        # Not bound to a name here, so that it is gone before the next one is loaded.
+        summaries[name] = generate_summaries(
+            accelerator,
+            load_model(path, config.attn_implementation, torch.float32, f"models {name}"),
+            tokenizers[name],
+            texts,
+            config,
+            name,
+        )
+    return summaries
 
 
 @torch.no_grad()

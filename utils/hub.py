@@ -46,7 +46,7 @@ def _explain(error: Exception, name: str, kind: str) -> str:
         cache = datasets.config.HF_DATASETS_CACHE
         load = "from datasets import load_dataset; load_dataset(n)"
     download = f"load it once where there is a network: python -c \"n='{name}'; {load}\""
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids to ask the hub; {download}"
     causes = []
     cause = error

@@ -47,8 +47,9 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     """The processes that the launcher started. UserError where precision or accumulation cannot be what was asked."""
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError(f"the launcher's mixed_precision is fp16: {FP16_REFUSAL}")
-    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError("--mixed_precision bf16: this GPU has none; use --mixed_precision no")
+    if config.mixed_precision == "bf16" and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError("--mixed_precision bf16: this GPU has none; use --mixed_precision no")
     tracker = None if config.report_to == "none" else config.report_to
     if tracker and importlib.util.find_spec(tracker) is None:  # Accelerate would go on without it
         raise UserError(f"--report_to {tracker}: the package is not installed; pip install {tracker}")

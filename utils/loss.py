@@ -1,14 +1,16 @@
 """From planned micro-batches to losses and gradients that do not depend on how the examples were cut."""
 
 import contextlib
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from utils.batching import collate, measure_lengths, plan_pass
 from utils.config import TrainingConfig
@@ -20,7 +22,7 @@ def load_batches(
     accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, plan: Iterator[np.ndarray]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The plan's micro-batches on the device. A thread plans and collates some ahead, so that the device need not
-    wait; it takes turns with Python alone, which is idle while the device computes."""
+    wait for them."""
     model = accelerator.unwrap_model(model)
 
     def make_batch() -> dict[str, torch.Tensor] | None:
@@ -53,8 +55,13 @@ def sum_target_losses(
 
     # The vocabulary is 40 times as wide as the model: padding must not reach it. A hook, so that the head stays inside
     # the model's forward, where DDP and autocast expect it.
-    hook = accelerator.unwrap_model(model).get_output_embeddings().register_forward_pre_hook(select_targets)
+    unwrapped = accelerator.unwrap_model(model)
+    hook = unwrapped.get_output_embeddings().register_forward_pre_hook(select_targets)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    if unwrapped.config._attn_implementation == "sdpa":
+        # Of shape (examples, 1, 1, source) transformers takes it as it is. Of a 2-D mask it asks the device, twice a
+        # forward pass, whether anything is padded.
+        inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
     try:
         logits = model(**inputs, use_cache=False).logits  # (target tokens, vocabulary)
     finally:
@@ -66,17 +73,27 @@ def sum_target_losses(
 def evaluate_loss(
     accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig
 ) -> dict[str, float]:
-    """Loss per target token over the whole set, whatever the number of processes."""
+    """Loss per target token over the whole set, whatever the number of processes. FloatingPointError, on all of them,
+    if it is not finite."""
     lengths = measure_lengths(data)
-    plan = plan_pass(lengths, config.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes)
-    loss_sum = torch.zeros((), device=accelerator.device)
+    ranks = accelerator.process_index, accelerator.num_processes
+    plan = list(plan_pass(lengths, config.per_device_eval_batch_size, *ranks))
     model.eval()
-    for batch in load_batches(accelerator, model, data, plan):
-        loss_sum += sum_target_losses(accelerator, model, batch)
+    batches = load_batches(accelerator, model, data, iter(plan))
+    loss_sums = [sum_target_losses(accelerator, model, batch) for batch in batches]
     model.train()
     num_target_tokens = int(lengths[:, 1].sum())
-    loss = accelerator.reduce(loss_sum, "sum").item() / num_target_tokens
+    loss = accelerator.reduce(sum(loss_sums), "sum").item() / num_target_tokens
+    if not math.isfinite(loss):
+        ids = find_bad_examples(data, plan, loss_sums)
+        raise FloatingPointError(f"the loss is not finite in micro-batches of {', '.join(ids)}")
     return {"loss": loss, "num_examples": len(data), "num_target_tokens": num_target_tokens}
+
+
+def find_bad_examples(data: datasets.Dataset, plan: Iterable[np.ndarray], loss_sums: list[torch.Tensor]) -> list[str]:
+    """Ids of all examples, on all processes, in micro-batches whose loss is not finite."""
+    bad = [indices for indices, loss_sum in zip(plan, loss_sums, strict=True) if not torch.isfinite(loss_sum)]
+    return gather_object([data[int(index)]["id"] for indices in bad for index in indices])
 
 
 def compute_gradient(

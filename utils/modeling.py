@@ -111,9 +111,9 @@ def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]
     """Floating-point operations of one training step per (source token, target token).
 
     2 per weight of a matrix for the forward pass, 2 for the gradient of its input and, where it is trained, 2 for its
-    own (Kaplan et al. 2020, section 2.1); the encoder's weights for source tokens, all others for target tokens. Left
-    out are the embedding's look-up, attention's products of activations and cross-attention's keys and values, so that
-    this is a lower bound; and padding, so that computing more of it does not look like speed.
+    own (Kaplan et al. 2020, section 2.1); the encoder's weights for source tokens, all others for target tokens, also
+    cross-attention's keys and values, which really see the longer sources. Left out are the embedding's look-up and
+    attention's products of activations: a low estimate. And padding, so that computing more of it is not speed.
     """
     encoder, embedding = set(model.get_encoder().parameters()), model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight

@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")
 RUN_FILES = (
     "metrics.jsonl", "run_manifest.json", "loss_curve.png",
-    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "spiece.model",
+    "config.json", "generation_config.json", "adapter_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "predictions.jsonl", "results.json",
 )  # fmt: skip
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker")
@@ -37,6 +38,9 @@ def check_output_dir(config: Any):
         folder.exists()
     except OSError as error:  # a name too long
         raise UserError(f"--output_dir {folder}: {error.strerror}") from error
+    model = getattr(config, "model_name_or_path", "")
+    if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
     held = find_run_files(folder)
     if held and not config.overwrite_output_dir:
         raise UserError(
@@ -49,7 +53,8 @@ def check_output_dir(config: Any):
 
 def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:
     """What an earlier run left in the folder; other people's files are not among it."""
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    found = [(path, pattern in RUN_FOLDERS) for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path, is_folder in found if path.is_dir() == is_folder]
 
 
 def clear_output_dir(accelerator: Accelerator, config: Any, *patterns: str):
@@ -67,15 +72,15 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, **facts: Any):
     """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `facts`."""
     clear_output_dir(accelerator, config)
     settings = dataclasses.asdict(config)
-    manifest = {
-        **facts,
-        "num_processes": accelerator.num_processes,
-        "strategy": accelerator.distributed_type.value,
-        "device": accelerator.device.type,
-        "settings": settings,
-        **describe_software(),
-    }
     if accelerator.is_main_process:
+        manifest = {
+            **facts,
+            "num_processes": accelerator.num_processes,
+            "strategy": accelerator.distributed_type.value,
+            "device": accelerator.device.type,
+            "settings": settings,
+            **describe_software(),
+        }
         write_json(Path(config.output_dir) / "run_manifest.json", manifest)
         logger.info(", ".join(f"{name} {value:,}" for name, value in facts.items() if isinstance(value, int)))
     if config.report_to != "none":
@@ -86,11 +91,14 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, **facts: Any):
 
 
 def describe_software() -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() if git.returncode == 0 else None
     return {
         "library_versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "python_version": platform.python_version(),
-        "git_commit": git.stdout.strip() if git.returncode == 0 else None,
+        "git_commit": commit,
     }
 
 

@@ -6,20 +6,18 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.batching import measure_lengths, num_micro_batches, plan_steps, select_examples
+from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
 from utils.config import TrainingConfig, UserError
-from utils.loss import compute_gradient, evaluate_loss, load_batches
+from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
 from utils.modeling import count_flops_per_token, export_model
 from utils.optimization import num_train_steps
 from utils.tracking import log_metrics, measure_peak_memory
@@ -45,9 +43,9 @@ def train(
     plan = functools.partial(plan_steps, lengths, *sizes, config.seed, rank, world)
     flops_per_source_token, flops_per_target_token = count_flops_per_token(accelerator.unwrap_model(model))
     batches = load_batches(accelerator, model, train_data, plan(range(num_steps)))
-    num_turns = num_micro_batches(len(lengths), *sizes, world)
+    num_turns = gradient_accumulation_steps(len(lengths), *sizes, world)
     progress = tqdm(total=num_steps, unit="update", disable=not accelerator.is_main_process)
-    log_validation(accelerator, model, validation_data, config, step=0)
+    log_validation(accelerator, model, tokenizer, validation_data, config, step=0)
     model.train()
     interval = Counter()
     for step in range(1, num_steps + 1):
@@ -62,7 +60,9 @@ def train(
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         # The only wait for the device in an update: what it costs a batch of 256, a ruined model does not.
         if not math.isfinite(grad_norm):
-            stop_before_update(accelerator, model, tokenizer, train_data, plan([step - 1]), loss_sums, step, config)
+            ids = find_bad_examples(train_data, plan([step - 1]), loss_sums)
+            what = f"the loss is not finite in micro-batches of {', '.join(ids)}" if ids else "the gradient overflows"
+            stop_and_keep(accelerator, model, tokenizer, config, step - 1, f"step {step}: {what}")
         learning_rate = lr_scheduler.get_last_lr()[0]
         optimizer.step()
         lr_scheduler.step()
@@ -86,7 +86,7 @@ def train(
             )
             interval.clear()
         if step % config.eval_steps == 0 or step == num_steps:
-            log_validation(accelerator, model, validation_data, config, step)
+            log_validation(accelerator, model, tokenizer, validation_data, config, step)
     progress.close()
 
 
@@ -113,34 +113,34 @@ def summarize_interval(
 
 
 def log_validation(
-    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset | None, config: TrainingConfig, step: int
-):
-    if data is None:
-        return
-    metrics = evaluate_loss(accelerator, model, data, config)
-    if not math.isfinite(metrics["loss"]):
-        raise UserError(f"the validation loss after {step} updates is {metrics['loss']}: nothing was saved")
-    log_metrics(accelerator, config, step, "validation", metrics)
-
-
-def stop_before_update(
     accelerator: Accelerator,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: datasets.Dataset,
-    micro_batches: Iterable[np.ndarray],
-    loss_sums: list[torch.Tensor],
-    step: int,
+    data: datasets.Dataset | None,
     config: TrainingConfig,
+    step: int,
 ):
-    """Save the model as it was before the update whose gradient is not finite, and say which examples spoilt it."""
-    bad = [indices for indices, loss in zip(micro_batches, loss_sums, strict=True) if not torch.isfinite(loss)]
-    ids = gather_object([data[int(index)]["id"] for indices in bad for index in indices])
-    what = (
-        f"the loss is not finite in micro-batches of the examples {', '.join(ids)}"
-        if ids
-        else "the gradient overflows"
-    )
+    if data is None:
+        return
+    try:
+        metrics = evaluate_loss(accelerator, model, data, config)
+    except FloatingPointError as error:
+        stop_and_keep(accelerator, model, tokenizer, config, step, f"validation after {step} updates: {error}")
+    log_metrics(accelerator, config, step, "validation", metrics)
+
+
+def stop_and_keep(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    num_updates: int,
+    what: str,
+):
+    """Save the model of the last good update, and raise what went wrong."""
     folder = Path(config.output_dir) / "last_good_model"
-    export_model(accelerator, model, tokenizer, folder)
-    raise UserError(f"step {step}: {what}; the model before this step is in {folder}")
+    if num_updates > 0:
+        export_model(accelerator, model, tokenizer, folder)
+        what += f"; the model after {num_updates} updates is in {folder}"
+    accelerator.wait_for_everyone()  # the launcher kills the process that still writes when another one ends
+    raise UserError(what)
