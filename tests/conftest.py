@@ -81,6 +81,12 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """L2 norm of a - b over that of b, over all tensors together."""
+    difference = sum((a[name] - b[name]).square().sum() for name in b)
+    return float((difference / sum(tensor.square().sum() for tensor in b.values())).sqrt())
+
+
 def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, **environment: str):
     """Run a script and its arguments in a process of its own, or in several on gloo; returns the finished process."""
     launcher = [sys.executable]

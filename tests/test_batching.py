@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -116,3 +117,36 @@ def test_collate_of_nothing_is_a_row_without_a_target():
     assert (
         batch["input_ids"].tolist() == [[0]] and batch["targets"].tolist() == batch["target_positions"].tolist() == []
     )
+
+
+@hypothesis.given(
+    lengths=hypothesis.strategies.lists(
+        hypothesis.strategies.tuples(hypothesis.strategies.integers(1, 300), hypothesis.strategies.integers(1, 40)),
+        min_size=1,
+        max_size=80,
+    ),
+    total=hypothesis.strategies.integers(1, 100),
+    per_device=hypothesis.strategies.integers(1, 120),
+    world=hypothesis.strategies.integers(1, 9),
+    seed=hypothesis.strategies.integers(0, 2**32),
+    step=hypothesis.strategies.integers(0, 20),
+)
+def test_any_plan(lengths, total, per_device, world, seed, step):
+    """Each example once, equally many turns on all ranks, within the bound, the same however often it is made."""
+    lengths = np.array(lengths)
+    plans = [list(plan_steps(lengths, total, per_device, seed, rank, world, [step])) for rank in range(world)]
+    assert {len(plan) for plan in plans} == {gradient_accumulation_steps(len(lengths), total, per_device, world)}
+    examples = select_examples(len(lengths), total, seed, step)
+    assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == sorted(examples)
+    assert len(set(examples)) == min(total, len(lengths))
+    for batch in (batch for plan in plans for batch in plan if len(batch)):
+        assert (len(batch) * lengths[batch].max(axis=0) <= per_device * lengths.max(axis=0)).all()
+    again = [list(plan_steps(lengths, total, per_device, seed, rank, world, [step])) for rank in range(world)]
+    assert all(map(np.array_equal, itertools.chain(*plans), itertools.chain(*again)))
+
+
+def test_sixty_four_ranks_take_the_step_of_one():
+    one = list(plan_steps(LENGTHS, 256, 16, 42, 0, 1, [7]))
+    many = [list(plan_steps(LENGTHS, 256, 16, 42, rank, 64, [7])) for rank in range(64)]
+    assert {len(plan) for plan in many} == {1}
+    assert sorted(np.concatenate(one)) == sorted(np.concatenate([plan[0] for plan in many]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import make_rows, read_jsonl, run_script, write_flan_t5, write_rows
+from conftest import make_rows, read_jsonl, relative_difference, run_script, write_flan_t5, write_rows
 from gradient_worker import main as save_gradient
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,12 +39,6 @@ def plain_gradient(model_path, rows):
     labels[labels == tokenizer.pad_token_id] = -100
     model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def relative_difference(a, b):
-    """L2 norm of the difference over that of b, over all tensors together."""
-    difference = sum((a[name] - b[name]).square().sum() for name in b)
-    return float((difference / sum(tensor.square().sum() for tensor in b.values())).sqrt())
 
 
 def check_gradient(model_path, saved, num_processes):

@@ -28,6 +28,11 @@ def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+def size_or_auto(text: str) -> int | str:
+    """A number of examples, or `auto`."""
+    return text if text == "auto" else int(text)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
@@ -58,8 +63,8 @@ class TrainingConfig(DataConfig):
     output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
-    per_device_train_batch_size: int = setting(
-        16, "examples of full length that fit into one forward pass; of shorter ones more do"
+    per_device_train_batch_size: size_or_auto = setting(
+        16, "examples of full length that fit into one forward pass, of shorter ones more do; auto: find out how many"
     )
     num_train_epochs: int = setting(1, "passes over the training set")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
@@ -80,8 +85,10 @@ class TrainingConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_target_length", "total_train_batch_size", "per_device_train_batch_size", "num_train_epochs",
-                     "max_train_steps", "learning_rate", "max_grad_norm", "logging_steps", "eval_steps",
+        if self.per_device_train_batch_size != "auto":
+            require_positive(self, "per_device_train_batch_size")
+        for name in ("max_target_length", "total_train_batch_size", "num_train_epochs", "max_train_steps",
+                     "learning_rate", "max_grad_norm", "logging_steps", "eval_steps",
                      "max_train_samples", "max_eval_samples"):  # fmt: skip
             require_positive(self, name)
         if not 0 <= self.weight_decay < math.inf:

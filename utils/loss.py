@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
@@ -25,22 +25,23 @@ def load_batches(
     wait for them."""
     model = accelerator.unwrap_model(model)
 
-    def make_batch() -> dict[str, torch.Tensor] | None:
+    def make_batch() -> tuple[np.ndarray, dict[str, torch.Tensor]] | None:
         indices = next(plan, None)
         if indices is None:
             return None
         batch = collate(data[indices], model.config.pad_token_id)
         if accelerator.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return batch
+        return indices, batch
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         ahead = deque(thread.submit(make_batch) for _ in range(NUM_BATCHES_AHEAD))
-        while (batch := ahead.popleft().result()) is not None:
+        while (made := ahead.popleft().result()) is not None:
             ahead.append(thread.submit(make_batch))
+            indices, batch = made
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
-            yield batch
+            yield batch | {"indices": indices}
 
 
 def sum_target_losses(
@@ -76,40 +77,63 @@ def evaluate_loss(
     """Loss per target token over the whole set, whatever the number of processes. FloatingPointError, on all of them,
     if it is not finite."""
     lengths = measure_lengths(data)
-    ranks = accelerator.process_index, accelerator.num_processes
-    plan = list(plan_pass(lengths, config.per_device_eval_batch_size, *ranks))
+    plan = plan_pass(lengths, config.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes)
+    examples, loss_sums = [], []
     model.eval()
-    batches = load_batches(accelerator, model, data, iter(plan))
-    loss_sums = [sum_target_losses(accelerator, model, batch) for batch in batches]
+    for batch in load_batches(accelerator, model, data, plan):
+        examples.append(batch["indices"])
+        loss_sums.append(sum_target_losses(accelerator, model, batch))
     model.train()
     num_target_tokens = int(lengths[:, 1].sum())
     loss = accelerator.reduce(sum(loss_sums), "sum").item() / num_target_tokens
     if not math.isfinite(loss):
-        ids = find_bad_examples(data, plan, loss_sums)
+        ids = find_bad_examples(data, examples, loss_sums)
         raise FloatingPointError(f"the loss is not finite in micro-batches of {', '.join(ids)}")
     return {"loss": loss, "num_examples": len(data), "num_target_tokens": num_target_tokens}
 
 
-def find_bad_examples(data: datasets.Dataset, plan: Iterable[np.ndarray], loss_sums: list[torch.Tensor]) -> list[str]:
+def find_bad_examples(
+    data: datasets.Dataset, micro_batches: list[np.ndarray], loss_sums: list[torch.Tensor]
+) -> list[str]:
     """Ids of all examples, on all processes, in micro-batches whose loss is not finite."""
-    bad = [indices for indices, loss_sum in zip(plan, loss_sums, strict=True) if not torch.isfinite(loss_sum)]
+    bad = [indices for indices, loss in zip(micro_batches, loss_sums, strict=True) if not torch.isfinite(loss)]
     return gather_object([data[int(index)]["id"] for indices in bad for index in indices])
 
 
 def compute_gradient(
-    accelerator: Accelerator, model: torch.nn.Module, micro_batches: list[dict], num_target_tokens: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: list[dict],
+    num_target_tokens: int,
+    recover: bool = False,
 ) -> list[torch.Tensor]:
     """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
     process has equally many; gradients are synchronised once, with the last.
 
+    With `recover`, a micro-batch that does not fit raises torch.OutOfMemoryError on every process, before any of them
+    waits for the others' gradients; but for the last, the cheapest, where there are several processes.
+
     Returns:
         The micro-batches' sums of losses, still on the device.
     """
-    loss_sums = []
+    loss_sums, error = [], None
     for turn, batch in enumerate(micro_batches, start=1):
-        with contextlib.nullcontext() if turn == len(micro_batches) else accelerator.no_sync(model):
-            loss_sum = sum_target_losses(accelerator, model, batch)
-            # DDP averages gradients over the processes; the sum is what makes them those of one large batch.
-            accelerator.backward(loss_sum * (accelerator.num_processes / num_target_tokens))
-        loss_sums.append(loss_sum.detach())
+        last = turn == len(micro_batches)
+        if last and recover and accelerator.num_processes > 1:
+            failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
+            error = error or (torch.OutOfMemoryError("on another process") if failed.any() else None)
+        if error:
+            if last:
+                raise error
+            continue
+        try:
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                loss_sum = sum_target_losses(accelerator, model, batch)
+                # DDP averages gradients over the processes; the sum is what makes them those of one large batch.
+                accelerator.backward(loss_sum * (accelerator.num_processes / num_target_tokens))
+            loss_sums.append(loss_sum.detach())
+        except torch.OutOfMemoryError as out_of_memory:
+            if last or not recover or accelerator.num_processes == 1:
+                raise
+            error = out_of_memory.with_traceback(None)  # which would hold on to the memory
     return loss_sums

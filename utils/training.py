@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
 from utils.config import TrainingConfig, UserError
 from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
+from utils.memory import compute_gradient_in_memory, find_batch_size
 from utils.modeling import count_flops_per_token, export_model
 from utils.optimization import num_train_steps
 from utils.tracking import log_metrics, measure_peak_memory
@@ -38,29 +40,41 @@ def train(
     """Train for num_train_steps updates, writing metrics.jsonl on the way. All is counted in optimizer updates."""
     lengths = measure_lengths(train_data)
     num_steps = num_train_steps(config, len(lengths))
-    sizes = config.total_train_batch_size, config.per_device_train_batch_size
+    model.train()
+    total, batch_size = config.total_train_batch_size, config.per_device_train_batch_size
+    if batch_size == "auto":
+        batch_size = find_batch_size(accelerator, model, train_data, lengths, config)
     rank, world = accelerator.process_index, accelerator.num_processes
-    plan = functools.partial(plan_steps, lengths, *sizes, config.seed, rank, world)
+
+    def load_steps(steps: Iterable[int], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, steps)
+        return load_batches(accelerator, model, train_data, plan)
+
     flops_per_source_token, flops_per_target_token = count_flops_per_token(accelerator.unwrap_model(model))
-    batches = load_batches(accelerator, model, train_data, plan(range(num_steps)))
-    num_turns = gradient_accumulation_steps(len(lengths), *sizes, world)
+    batches = load_steps(range(num_steps), batch_size)
+    num_turns = gradient_accumulation_steps(len(lengths), total, batch_size, world)
     progress = tqdm(total=num_steps, unit="update", disable=not accelerator.is_main_process)
     log_validation(accelerator, model, tokenizer, validation_data, config, step=0)
-    model.train()
     interval = Counter()
     for step in range(1, num_steps + 1):
         started = time.perf_counter()
-        examples = select_examples(len(lengths), config.total_train_batch_size, config.seed, step - 1)
+        examples = select_examples(len(lengths), total, config.seed, step - 1)
         num_source_tokens, num_target_tokens = (int(total) for total in lengths[examples].sum(axis=0))
         # Dropout depends on seed, step and rank alone, so there is no generator's state to save.
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
         micro_batches = list(itertools.islice(batches, num_turns))
         seconds_waited = time.perf_counter() - started
-        loss_sums = compute_gradient(accelerator, model, micro_batches, num_target_tokens)
+        if config.per_device_train_batch_size == "auto":
+            plan_again = functools.partial(load_steps, [step - 1])
+            loss_sums, micro_batches = compute_gradient_in_memory(
+                accelerator, model, micro_batches, num_target_tokens, plan_again, batch_size
+            )
+        else:
+            loss_sums = compute_gradient(accelerator, model, micro_batches, num_target_tokens)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         # The only wait for the device in an update: what it costs a batch of 256, a ruined model does not.
         if not math.isfinite(grad_norm):
-            ids = find_bad_examples(train_data, plan([step - 1]), loss_sums)
+            ids = find_bad_examples(train_data, [batch["indices"] for batch in micro_batches], loss_sums)
             what = f"the loss is not finite in micro-batches of {', '.join(ids)}" if ids else "the gradient overflows"
             stop_and_keep(accelerator, model, tokenizer, config, step - 1, f"step {step}: {what}")
         learning_rate = lr_scheduler.get_last_lr()[0]

@@ -89,7 +89,7 @@ def draw(results: dict[str, dict], path: Path):
         )
     axes.set_xticks(range(len(results)), list(results))
     axes.set(ylabel="samples per second", title="Training speed on two CPU cores (median and range)")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
 
 

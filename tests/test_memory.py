@@ -1,0 +1,80 @@
+"""The size that fits is found, and a step that does not fit is taken again with the same gradient.
+
+A CPU does not run out of memory; the model's forward pass refuses more than so many tokens instead, with PyTorch's own
+error."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import make_rows, read_jsonl, relative_difference, write_flan_t5
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+import train_full
+from utils.config import TrainingConfig, UserError
+from utils.prompting import build_prompt
+
+
+@pytest.fixture
+def set_memory(monkeypatch):
+    """A function that sets how many source tokens, padding included, fit into a forward pass from call `first` on."""
+    forward = T5ForConditionalGeneration.forward
+
+    def limit(num_tokens: int, first: int = 0, last: float = float("inf")):
+        calls = 0
+
+        def limited(model, input_ids=None, **inputs):
+            nonlocal calls
+            calls += 1
+            if model.training and first <= calls <= last and input_ids.numel() > num_tokens:
+                raise torch.OutOfMemoryError(f"{input_ids.numel()} tokens")
+            return forward(model, input_ids=input_ids, **inputs)
+
+        monkeypatch.setattr(T5ForConditionalGeneration, "forward", limited)
+
+    return limit
+
+
+def train(model, data_files, output_dir, size):
+    AcceleratorState._reset_state(True)
+    config = TrainingConfig(
+        model_name_or_path=str(model), train_file=str(data_files["train"]), output_dir=str(output_dir),
+        total_train_batch_size=20, per_device_train_batch_size=size, mixed_precision="no", logging_steps=1,
+        learning_rate=1e-4,
+    )  # fmt: skip
+    train_full.main(config)
+    return [(line["loss"], line["grad_norm"]) for line in read_jsonl(output_dir / "metrics.jsonl")]
+
+
+def longest_source(flan_t5) -> int:
+    tokenizer = AutoTokenizer.from_pretrained(flan_t5)
+    return max(len(tokenizer(build_prompt(row["dialogue"])).input_ids) for row in make_rows(40))
+
+
+@pytest.mark.parametrize("fitting", [1, 3, 7, 20])
+def test_the_largest_size_is_found(flan_t5, data_files, tmp_path, set_memory, caplog, fitting):
+    caplog.set_level("INFO", logger="utils")
+    set_memory(fitting * longest_source(flan_t5))
+    train(flan_t5, data_files, tmp_path / "out", "auto")
+    assert f"auto: {fitting} examples of full length fit" in caplog.text
+    assert "taken again" not in caplog.text
+
+
+def test_a_step_that_does_not_fit_is_taken_again(data_files, tmp_path, set_memory, caplog):
+    model = write_flan_t5(tmp_path / "model", dropout_rate=0.0)
+    plain = train(model, data_files, tmp_path / "plain", 20)
+    # The first call finds that 20 fit; then, in the middle of the first step, memory is short for a while.
+    set_memory(4 * longest_source(model), first=2, last=4)
+    again = train(model, data_files, tmp_path / "again", "auto")
+    assert "out of memory at batch size 20: the step is taken again at 10" in caplog.text
+    assert [pair[0] for pair in again] == pytest.approx([pair[0] for pair in plain], rel=1e-6)
+    assert [pair[1] for pair in again] == pytest.approx([pair[1] for pair in plain], rel=1e-5)
+    before, first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "plain", "again"))
+    moved, expected = ({name: end[name] - before[name] for name in before} for end in (second, first))
+    assert relative_difference(moved, expected) < 5e-5
+
+
+def test_not_even_one_fits(flan_t5, data_files, tmp_path, set_memory):
+    set_memory(10)
+    with pytest.raises(UserError, match="not even one example of"):
+        train(flan_t5, data_files, tmp_path / "out", "auto")

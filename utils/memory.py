@@ -1,0 +1,98 @@
+"""`--per_device_train_batch_size auto`: the largest micro-batches that the device holds, and a way on if one does not
+fit after all."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from utils.batching import collate
+from utils.config import TrainingConfig, UserError
+from utils.loss import compute_gradient, sum_target_losses
+
+logger = logging.getLogger(__name__)
+
+
+def find_batch_size(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: datasets.Dataset,
+    lengths: np.ndarray,
+    config: TrainingConfig,
+) -> int:
+    """Most examples of full length whose forward and backward pass fit on the device of every process, by bisection
+    from the worst that the plan could ask for: the longest source with the longest target, as often as a step has
+    examples for a process."""
+    longest_source, longest_target = (int(index) for index in lengths.argmax(axis=0))
+    example = {"input_ids": [data[longest_source]["input_ids"]], "labels": [data[longest_target]["labels"]]}
+    # AdamW's two moments are not there yet, but will be.
+    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    fits, too_many = 0, None
+    size = math.ceil(min(config.total_train_batch_size, len(data)) / accelerator.num_processes)
+    while size > fits:
+        if fits_device(accelerator, model, {name: values * size for name, values in example.items()}):
+            fits = size
+        else:
+            too_many = size
+        size = fits if too_many is None else (fits + too_many) // 2
+    del moments
+    fits = int(accelerator.gather(torch.tensor([fits], device=accelerator.device)).min())
+    if fits == 0:
+        source, target = lengths.max(axis=0)
+        raise UserError(
+            f"--per_device_train_batch_size auto: not even one example of {source} source and {target} target tokens "
+            "fits into memory; try --gradient_checkpointing, --max_source_length or another strategy"
+        )
+    if accelerator.is_main_process:
+        logger.info("per_device_train_batch_size auto: %d examples of full length fit", fits)
+    return fits
+
+
+def fits_device(accelerator: Accelerator, model: torch.nn.Module, examples: dict[str, list]) -> bool:
+    """Whether these examples' gradient can be computed; it is thrown away."""
+    unwrapped = accelerator.unwrap_model(model)
+    try:
+        batch = collate(examples, unwrapped.config.pad_token_id)
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        batch["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+        with accelerator.no_sync(model):
+            accelerator.backward(sum_target_losses(accelerator, model, batch))
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def compute_gradient_in_memory(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: list[dict],
+    num_target_tokens: int,
+    plan_again: Callable[[int], Iterable[dict]],
+    batch_size: int,
+) -> tuple[list[torch.Tensor], list[dict]]:
+    """The step's losses and the micro-batches that gave them: if a micro-batch does not fit, the gradient so far is
+    thrown away and computed again from `plan_again(smaller batch size)`, on all processes alike."""
+    while True:
+        try:
+            return compute_gradient(accelerator, model, micro_batches, num_target_tokens, recover=True), micro_batches
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise UserError(f"one example does not fit into memory: {error}") from error
+        # Here and not above, where the exception still holds what filled the memory.
+        model.zero_grad()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if accelerator.is_main_process:
+            logger.warning(
+                "out of memory at batch size %d: the step is taken again at %d", batch_size, batch_size // 2
+            )
+        batch_size //= 2
+        micro_batches = list(plan_again(batch_size))
