@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from conftest import make_rows, read_jsonl, relative_difference, run_script, write_flan_t5, write_rows
 from gradient_worker import main as save_gradient
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.t5.modeling_t5 import T5LayerFF
@@ -102,6 +103,14 @@ def test_metrics(flan_t5, data_files, tmp_path):
     assert manifest["num_train_steps"] == 5 and manifest["num_train_examples"] == 40
     assert manifest["num_parameters"] == manifest["num_trainable_parameters"] > 10_000
     assert manifest["num_processes"] == 1 and manifest["settings"]["warmup_ratio"] == 0.4
+
+
+def test_tracker_gets_what_metrics_jsonl_says(flan_t5, data_files, tmp_path):
+    metrics = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "tracker" / "dialogsum")).Reload()
+    for split in ("train", "validation"):
+        logged = [(event.step, event.value) for event in events.Scalars(f"{split}/loss")]
+        assert logged == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in metrics[split]]
 
 
 def test_padding_efficiency_counts_what_is_computed(flan_t5, data_files, tmp_path):
