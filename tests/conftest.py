@@ -11,6 +11,9 @@ from pathlib import Path
 # The libraries read these when they are imported: the tests leave the user's caches and the network alone.
 HF_HOME = tempfile.TemporaryDirectory()
 os.environ |= {"HF_HOME": HF_HOME.name, "HF_HUB_OFFLINE": "1"}
+os.environ["PATH"] = (
+    f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # accelerate, also of an inactive venv
+)
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only get into each other's way
 
 import pytest
