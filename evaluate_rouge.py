@@ -35,7 +35,9 @@ def main(config: EvaluationConfig):
 
     if config.predictions_file:
         predictions = load_predictions(Path(config.predictions_file), dialogues)
-        shown = {}
+        by_dialogue = {name: dict(zip(texts, of_model, strict=True)) for name, of_model in predictions.items()}
+        dialogue = rows[example_index]["dialogue"]
+        shown = {name: of_model.get(dialogue, "(not among the rows)") for name, of_model in by_dialogue.items()}
     else:
         summaries = summarize_with_models(accelerator, [*texts, rows[example_index]["dialogue"]], config)
         predictions = {name: of_model[:-1] for name, of_model in summaries.items()}
@@ -54,9 +56,9 @@ def main(config: EvaluationConfig):
 def read_demo_facts(config: EvaluationConfig, dialogues: list[dict]) -> list[dict[str, str]]:
     """The facts of each dialogue, which the demo's files hold beside its summary."""
     path = Path(getattr(config, f"{config.split}_file"))
-    facts = {row["id"]: row.get("facts") for _, row in read_file(path)}
-    if not all(facts.values()):
-        raise UserError(f"--{config.split}_file {path}: no column 'facts', which --demo scores")
+    facts = {row.get("id"): row.get("facts") for _, row in read_file(path)}
+    if not all(facts.get(dialogue["id"]) for dialogue in dialogues):
+        raise UserError(f"--{config.split}_file {path}: rows without an id or facts, which --demo scores")
     return [facts[dialogue["id"]] for dialogue in dialogues]
 
 
