@@ -9,9 +9,9 @@ import pytest
 
 from utils.batching import (
     collate,
-    count_computed_tokens,
     cut_micro_batches,
     gradient_accumulation_steps,
+    micro_batch_cost,
     num_steps_per_epoch,
     plan_micro_batches,
     plan_pass,
@@ -19,7 +19,8 @@ from utils.batching import (
     select_examples,
 )
 
-LENGTHS = np.random.default_rng(0).integers(2, (400, 40), size=(12460, 2))
+# Spread about like DialogSum's: most are short, a few are several times as long.
+LENGTHS = np.random.default_rng(0).gamma((4, 4), (58, 9), size=(12460, 2)).astype(int).clip(2, (1024, 128))
 
 
 def test_dialogsum_has_48_steps():
@@ -63,36 +64,53 @@ def test_every_process_does_its_part_of_the_same_step(world, per_device):
         assert sorted(examples) == sorted(select_examples(12460, 256, 42, step))
 
 
-def cheapest_cut(lengths, num_pieces, limit):
-    """The fewest computed tokens over all ways to cut, by trying every one."""
+def cost(lengths):
+    return micro_batch_cost(len(lengths), *lengths.max(axis=0))
+
+
+def cheapest_cut(lengths, num_pieces, limit, cost_limit):
+    """The least cost over all ways to cut, by trying every one."""
     costs = []
     for ends in itertools.combinations(range(1, len(lengths)), num_pieces - 1):
         pieces = np.split(lengths, ends)
-        if all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces):
-            costs.append(sum(map(count_computed_tokens, pieces)))
+        if all((len(piece) * piece.max(axis=0) <= limit).all() and cost(piece) <= cost_limit for piece in pieces):
+            costs.append(sum(map(cost, pieces)))
     return min(costs)
 
 
 @pytest.mark.parametrize(("num_pieces", "seed"), [(3, 0), (4, 1), (5, 2), (4, 3), (3, 4)])
-def test_no_cut_computes_fewer_tokens(num_pieces, seed):
+@pytest.mark.parametrize("even", [False, True])
+def test_no_cut_costs_less(num_pieces, seed, even):
     lengths = np.random.default_rng(seed).integers(1, (50, 9), size=(12, 2))
     lengths = lengths[np.argsort(-lengths[:, 0])]
     limit = math.ceil(12 / num_pieces) * lengths.max(axis=0)
-    pieces = np.split(lengths, cut_micro_batches(lengths, num_pieces, limit)[:-1])
+    cost_limit = max(1.5 * cost(lengths) / num_pieces, cost(lengths[:1])) if even else math.inf
+    pieces = np.split(lengths, cut_micro_batches(lengths, num_pieces, limit, cost_limit)[:-1])
     assert len(pieces) == num_pieces and all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
-    assert sum(map(count_computed_tokens, pieces)) == cheapest_cut(lengths, num_pieces, limit)
+    assert all(cost(piece) <= cost_limit for piece in pieces)
+    assert sum(map(cost, pieces)) == pytest.approx(cheapest_cut(lengths, num_pieces, limit, cost_limit), rel=1e-12)
 
 
-def test_ranks_share_each_turn_fairly():
-    examples = select_examples(12460, 256, 42, 0)
-    plan = plan_micro_batches(examples, LENGTHS, 4, 4, 16 * LENGTHS.max(axis=0))
-    costs = np.array([[count_computed_tokens(LENGTHS[batch]) for batch in rank] for rank in plan])
-    assert (costs.mean(axis=0) / costs.max(axis=0)).mean() > 0.85
-    assert costs.sum(axis=1).max() < 1.1 * costs.sum(axis=1).mean()
+def test_a_cut_that_cannot_keep_to_the_limits():
+    assert cut_micro_batches(LENGTHS[:8], 2, LENGTHS.max(axis=0)) is None
+    assert cut_micro_batches(LENGTHS[:8], 2, 8 * LENGTHS.max(axis=0), cost_limit=1) is None
+
+
+@pytest.mark.parametrize(
+    ("total", "turns", "world"), [(256, 8, 2), (256, 4, 4), (256, 2, 8), (256, 1, 16), (2500, 2, 80)]
+)
+def test_ranks_share_each_turn_fairly(total, turns, world):
+    examples = select_examples(12460, total, 42, 0)
+    limit = 16 * LENGTHS.max(axis=0)
+    plan = [plan_micro_batches(examples, LENGTHS, turns, rank, world, limit) for rank in range(world)]
+    assert sorted(np.concatenate([batch for rank in plan for batch in rank])) == sorted(examples)
+    costs = np.array([[cost(LENGTHS[batch]) for batch in rank] for rank in plan])
+    assert costs.mean(axis=0).sum() > 0.85 * costs.max(axis=0).sum()
+    assert costs.sum(axis=1).mean() > 0.88 * costs.sum(axis=1).max()
 
 
 def test_fewer_examples_than_processes_leave_some_an_empty_turn():
-    plan = plan_micro_batches(np.arange(2), LENGTHS, 1, 3, LENGTHS.max(axis=0))
+    plan = [plan_micro_batches(np.arange(2), LENGTHS, 1, rank, 3, LENGTHS.max(axis=0)) for rank in range(3)]
     assert sorted(len(batch) for rank in plan for batch in rank) == [0, 1, 1]
 
 

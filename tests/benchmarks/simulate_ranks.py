@@ -3,9 +3,10 @@
     python tests/benchmarks/simulate_ranks.py TOKENIZER TRAIN_FILE [--output_dir FOLDER]
 
 Steps are drawn from the lengths of the dialogues in TRAIN_FILE (a csv), with replacement where it has too few.
-`efficiency` is real over computed tokens; `balance` is the mean over the largest cost of the ranks in a turn, where a
-micro-batch costs its computed tokens: 1 means that no rank waits. Their product is the share of the machines' time
-that goes into real tokens. Writes simulate_ranks.json and simulate_ranks.png.
+`efficiency` is real over computed tokens; `balance` is the mean over the largest cost of the ranks in a turn
+(utils.batching.micro_batch_cost): 1 means that no rank waits. Their product is the share of the machines' time that
+goes into real tokens. `plan_seconds` is one rank's. Writes simulate_ranks.json and simulate_ranks.png, in 20
+minutes.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.batching import count_computed_tokens, gradient_accumulation_steps, plan_micro_batches
+from utils.batching import gradient_accumulation_steps, micro_batch_cost, plan_micro_batches
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -42,21 +43,25 @@ def read_lengths(tokenizer_path: str, train_file: str) -> np.ndarray:
 
 def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float]:
     num_turns = gradient_accumulation_steps(len(lengths), total, PER_DEVICE, num_ranks)
+    limit = PER_DEVICE * lengths.max(axis=0)
     rng = np.random.default_rng(0)
     real = computed = busy = slowest = seconds = 0
     for _ in range(NUM_STEPS):
         examples = rng.choice(len(lengths), size=total, replace=False)
         started = time.perf_counter()
-        plan = plan_micro_batches(examples, lengths, num_turns, num_ranks, PER_DEVICE * lengths.max(axis=0))
+        plan = [plan_micro_batches(examples, lengths, num_turns, rank, num_ranks, limit) for rank in range(num_ranks)]
         seconds += time.perf_counter() - started
-        costs = np.array([[count_computed_tokens(lengths[batch]) for batch in rank] for rank in plan])
+        sizes = np.array([[(len(batch), *lengths[batch].max(axis=0, initial=0)) for batch in rank] for rank in plan])
+        num_examples, longest_source, longest_target = np.moveaxis(sizes, 2, 0)
+        costs = micro_batch_cost(num_examples, longest_source, longest_target)
         real += lengths[examples].sum()
-        computed += costs.sum()
+        computed += (num_examples * (longest_source + longest_target)).sum()
         busy += costs.mean(axis=0).sum()
         slowest += costs.max(axis=0).sum()
     return {
         "num_ranks": num_ranks, "total_train_batch_size": total, "num_turns": num_turns,
-        "efficiency": float(real / computed), "balance": float(busy / slowest), "plan_seconds": seconds / NUM_STEPS,
+        "efficiency": float(real / computed), "balance": float(busy / slowest),
+        "plan_seconds": seconds / NUM_STEPS / num_ranks,
     }  # fmt: skip
 
 
