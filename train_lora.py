@@ -9,6 +9,7 @@ python train_lora.py --help                                       # every settin
 
 import torch
 
+from utils.checkpointing import Checkpointer, describe_run
 from utils.config import LoraTrainingConfig
 from utils.data import fingerprint, load_rows, tokenize_rows
 from utils.launching import run_script, start_accelerator
@@ -38,6 +39,8 @@ def main(config: LoraTrainingConfig):
     )
     num_steps = num_train_steps(config, len(train_data))
     num_parameters, num_trainable_parameters = count_parameters(model)
+    run = {"num_train_steps": num_steps, "data_fingerprint": fingerprint(train_rows, validation_rows)}
+    checkpointer = Checkpointer(accelerator, config, describe_run(config, model) | run)
     optimizer = build_optimizer(model, config)
     lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -45,13 +48,13 @@ def main(config: LoraTrainingConfig):
     start_run(
         accelerator,
         config,
+        checkpointer.start_step,
         num_parameters=num_parameters,
         num_trainable_parameters=num_trainable_parameters,
         num_train_examples=len(train_data),
-        num_train_steps=num_steps,
-        data_fingerprint=fingerprint(train_rows, validation_rows),
+        **run,
     )
-    train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config)
+    train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config, checkpointer)
     export_model(accelerator, model, tokenizer, config.output_dir)
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)

@@ -5,6 +5,7 @@ A value on the command line wins over `--config FILE.yaml`, which wins over `--d
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,16 @@ class TrainingConfig(DataConfig):
     max_grad_norm: float = setting(1.0, "largest L2 norm of the gradient")
     logging_steps: int = setting(10, "optimizer updates between two train lines in metrics.jsonl")
     eval_steps: int = setting(10, "optimizer updates between two validation losses")
+    checkpointing_steps: int = setting(10, "optimizer updates between two checkpoints")
+    checkpoints_total_limit: int = setting(3, "newest checkpoints that are kept, beside the best")
+    resume_from_checkpoint: str | None = setting(
+        None, "latest, or a folder of output_dir/checkpoints: go on from there, as if never stopped"
+    )
+    metric_for_best_model: Literal["loss", "rouge1", "rouge2", "rougeL"] = setting(
+        "loss", "what the best checkpoint is chosen by, on the validation rows; ROUGE on the first 64"
+    )
+    load_best_model_at_end: bool = setting(False, "export the best model instead of the last")
+    max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
@@ -89,12 +100,15 @@ class TrainingConfig(DataConfig):
             require_positive(self, "per_device_train_batch_size")
         for name in ("max_target_length", "total_train_batch_size", "num_train_epochs", "max_train_steps",
                      "learning_rate", "max_grad_norm", "logging_steps", "eval_steps",
+                     "checkpointing_steps", "checkpoints_total_limit",
                      "max_train_samples", "max_eval_samples"):  # fmt: skip
             require_positive(self, name)
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.max_time is not None:
+            parse_duration(self.max_time)
         if self.mixed_precision == "fp16":
             raise UserError(f"--mixed_precision fp16: {FP16_REFUSAL}")
 
@@ -154,6 +168,14 @@ def require_positive(config: DataConfig, name: str):
     value = getattr(config, name)
     if value is not None and not 0 < value < math.inf:  # `not <` also refuses nan
         raise UserError(f"--{name} must be positive, got {value}")
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of HH:MM:SS."""
+    if not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", text):
+        raise UserError(f"--max_time must be HH:MM:SS, got {text!r}")
+    hours, minutes, seconds = map(int, text.split(":"))
+    return (hours * 60 + minutes) * 60 + seconds
 
 
 def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:

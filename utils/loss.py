@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from utils.batching import collate, measure_lengths, plan_pass
 from utils.config import TrainingConfig
+from utils.stopping import StopRequest
 
 NUM_BATCHES_AHEAD = 32
 
@@ -72,18 +73,22 @@ def sum_target_losses(
 
 @torch.no_grad()
 def evaluate_loss(
-    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig
-) -> dict[str, float]:
-    """Loss per target token over the whole set, whatever the number of processes. FloatingPointError, on all of them,
-    if it is not finite."""
+    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig, stop: StopRequest
+) -> dict[str, float] | None:
+    """Loss per target token over the whole set, whatever the number of processes; None if the run is to stop.
+    FloatingPointError, on all of them, if it is not finite."""
     lengths = measure_lengths(data)
     plan = plan_pass(lengths, config.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes)
     examples, loss_sums = [], []
     model.eval()
-    for batch in load_batches(accelerator, model, data, plan):
+    for number, batch in enumerate(load_batches(accelerator, model, data, plan)):
+        if number % 8 == 0 and stop.asked():  # asking waits for the device
+            break
         examples.append(batch["indices"])
         loss_sums.append(sum_target_losses(accelerator, model, batch))
     model.train()
+    if stop.agreed:
+        return None
     num_target_tokens = int(lengths[:, 1].sum())
     loss = accelerator.reduce(sum(loss_sums), "sum").item() / num_target_tokens
     if not math.isfinite(loss):

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from utils.checkpointing import find_checkpoints
 from utils.config import REPOSITORY, TrainingConfig, UserError
+from utils.modeling import CONFIG_FILES
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")
@@ -26,7 +28,7 @@ RUN_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "predictions.jsonl", "results.json",
 )  # fmt: skip
-RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker")
+RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
 
 
 def check_output_dir(config: Any):
@@ -42,7 +44,17 @@ def check_output_dir(config: Any):
     if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
     held = find_run_files(folder)
-    if held and not config.overwrite_output_dir:
+    resume = getattr(config, "resume_from_checkpoint", None)
+    if resume == "latest" and not find_checkpoints(folder):
+        # Stopped before the first checkpoint: nothing is lost with it, unless there is a model.
+        held = [path for path in held if path.name in CONFIG_FILES]
+        resume = None if held else resume
+    elif not resume and not config.overwrite_output_dir and find_checkpoints(folder):
+        raise UserError(
+            f"--output_dir {folder} holds checkpoints: go on with --resume_from_checkpoint latest, or begin anew "
+            "with --overwrite_output_dir"
+        )
+    if held and not resume and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {folder} holds a run already ({held[0].name}): take another, or --overwrite_output_dir"
         )
@@ -68,9 +80,12 @@ def clear_output_dir(accelerator: Accelerator, config: Any, *patterns: str):
     accelerator.wait_for_everyone()
 
 
-def start_run(accelerator: Accelerator, config: TrainingConfig, **facts: Any):
-    """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `facts`."""
-    clear_output_dir(accelerator, config)
+def start_run(accelerator: Accelerator, config: TrainingConfig, start_step: int, **facts: Any):
+    """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `facts`.
+    What the folder holds stays there if the run goes on from a checkpoint."""
+    if start_step == 0:
+        clear_output_dir(accelerator, config)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
     if accelerator.is_main_process:
         manifest = {

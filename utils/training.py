@@ -17,11 +17,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
+from utils.checkpointing import Checkpointer
 from utils.config import TrainingConfig, UserError
 from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
 from utils.memory import compute_gradient_in_memory, find_batch_size
 from utils.modeling import count_flops_per_token, export_model
 from utils.optimization import num_train_steps
+from utils.stopping import StopRequest
 from utils.tracking import log_metrics, measure_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -36,27 +38,40 @@ def train(
     train_data: datasets.Dataset,
     validation_data: datasets.Dataset | None,
     config: TrainingConfig,
+    checkpointer: Checkpointer,
 ):
     """Train for num_train_steps updates, writing metrics.jsonl on the way. All is counted in optimizer updates."""
     lengths = measure_lengths(train_data)
     num_steps = num_train_steps(config, len(lengths))
+    stop = StopRequest(accelerator, config)
     model.train()
     total, batch_size = config.total_train_batch_size, config.per_device_train_batch_size
     if batch_size == "auto":
-        batch_size = find_batch_size(accelerator, model, train_data, lengths, config)
+        batch_size = checkpointer.batch_size or find_batch_size(accelerator, model, train_data, lengths, config)
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def load_steps(steps: Iterable[int], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, steps)
         return load_batches(accelerator, model, train_data, plan)
 
+    def save(step: int):
+        if checkpointer.last_step != step:
+            checkpointer.save(step, model, optimizer, lr_scheduler, interval, batch_size)
+
+    def evaluate(step: int):
+        if validation_data and (step % config.eval_steps == 0 or step == num_steps):
+            if not log_validation(accelerator, model, tokenizer, validation_data, config, step, stop, checkpointer):
+                save(step)  # and evaluate again when going on
+                checkpointer.stop(stop)
+
     flops_per_source_token, flops_per_target_token = count_flops_per_token(accelerator.unwrap_model(model))
-    batches = load_steps(range(num_steps), batch_size)
+    interval = checkpointer.restore(model, optimizer, lr_scheduler)
+    first_step = checkpointer.last_step + 1
+    batches = load_steps(range(first_step - 1, num_steps), batch_size)
     num_turns = gradient_accumulation_steps(len(lengths), total, batch_size, world)
-    progress = tqdm(total=num_steps, unit="update", disable=not accelerator.is_main_process)
-    log_validation(accelerator, model, tokenizer, validation_data, config, step=0)
-    interval = Counter()
-    for step in range(1, num_steps + 1):
+    progress = tqdm(total=num_steps, initial=first_step - 1, unit="update", disable=not accelerator.is_main_process)
+    evaluate(first_step - 1)
+    for step in range(first_step, num_steps + 1):
         started = time.perf_counter()
         examples = select_examples(len(lengths), total, config.seed, step - 1)
         num_source_tokens, num_target_tokens = (int(total) for total in lengths[examples].sum(axis=0))
@@ -99,9 +114,14 @@ def train(
                 loss=f"{metrics['loss']:.3f}", samples_per_second=f"{metrics['samples_per_second']:.1f}"
             )
             interval.clear()
-        if step % config.eval_steps == 0 or step == num_steps:
-            log_validation(accelerator, model, tokenizer, validation_data, config, step)
+        stopping = stop.asked()
+        if stopping or step % config.checkpointing_steps == 0 or step == num_steps:
+            save(step)
+        if stopping:
+            checkpointer.stop(stop)
+        evaluate(step)
     progress.close()
+    checkpointer.finish(model)
 
 
 def summarize_interval(
@@ -130,17 +150,23 @@ def log_validation(
     accelerator: Accelerator,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: datasets.Dataset | None,
+    data: datasets.Dataset,
     config: TrainingConfig,
     step: int,
-):
-    if data is None:
-        return
+    stop: StopRequest,
+    checkpointer: Checkpointer,
+) -> bool:
+    """Whether it was finished; False if it was left early because the run is to stop."""
     try:
-        metrics = evaluate_loss(accelerator, model, data, config)
+        metrics = evaluate_loss(accelerator, model, data, config, stop)
     except FloatingPointError as error:
         stop_and_keep(accelerator, model, tokenizer, config, step, f"validation after {step} updates: {error}")
+    if metrics is None:
+        return False
     log_metrics(accelerator, config, step, "validation", metrics)
+    if step > 0:
+        checkpointer.save_if_best(step, model, metrics["loss"])
+    return True
 
 
 def stop_and_keep(

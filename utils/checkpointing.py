@@ -1,0 +1,365 @@
+"""Checkpoints that are there whole or not at all, and a resume that knows whose they are.
+
+    checkpoints/step_000010/       model.safetensors       what is trained: all weights, or the adapter alone
+                                   optimizer.safetensors   AdamW's moments, PARAMETER.exp_avg and so on
+                                   state.json              the step, the schedule, the open interval, whose run it is
+                                   metrics.jsonl           the record up to this step
+                                   manifest.json           size and SHA-256 of each file
+    checkpoints/best_step_000010/  the same without the optimizer, for the best validation so far
+
+A checkpoint is taken before the evaluation of its step, which a resumed run repeats. Randomness needs no state: it is
+reseeded in each step.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+
+from utils.config import TrainingConfig, UserError
+from utils.stopping import EXIT_STOPPED, StopRequest
+
+logger = logging.getLogger(__name__)
+UNFINISHED = ".unfinished"
+# Settings that make a run what it is; with others it would not go on but be another one.
+IDENTITY_SETTINGS = (
+    "total_train_batch_size", "seed", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_ratio",
+    "max_grad_norm", "max_source_length", "max_target_length", "mixed_precision", "metric_for_best_model",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+)  # fmt: skip
+
+
+class CheckpointError(Exception):
+    """A checkpoint is not what was written; the text says which file and why."""
+
+
+def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that goes on from it, beside its data and its number of steps."""
+    settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS if hasattr(config, name)}
+    return {**settings, "model_fingerprint": fingerprint_model(model)}
+
+
+def fingerprint_model(model: torch.nn.Module) -> str:
+    """Of the weights that training starts from, without a LoRA adapter's: names, shapes and sums of their bits."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            bits = parameter.detach().contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+            digest.update(f"{name} {tuple(parameter.shape)} {bits.sum(dtype=torch.int64).item()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("_")[2])
+
+
+def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
+    """Finished checkpoints, the newest first. `kind` is step or best_step."""
+    folder = Path(output_dir) / "checkpoints"
+    found = [path for path in folder.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, metrics: bytes):
+    """Write `folder` whole or not at all: beside it, flushed to disk, then renamed."""
+    if folder.exists():
+        try:
+            verify_checkpoint(folder)
+            return  # taken again after a resume from an earlier one
+        except CheckpointError:
+            shutil.rmtree(folder)
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, of_file in tensors.items():
+            save_file(of_file, unfinished / f"{name}.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (unfinished / "metrics.jsonl").write_bytes(metrics)
+        files = {path.name: describe_file(path) for path in sorted(unfinished.iterdir())}
+        manifest = {"files": files, "sha256": hash_json(files)}
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*unfinished.iterdir(), unfinished):
+            flush_to_disk(path)
+        unfinished.rename(folder)
+        flush_to_disk(folder.parent)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flush_to_disk(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint's state. CheckpointError unless every file is, byte for byte, what was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        if manifest["sha256"] != hash_json(manifest["files"]):
+            raise CheckpointError(f"{folder}: manifest.json was changed")
+        for name, expected in manifest["files"].items():
+            if (size := (folder / name).stat().st_size) != expected["size"]:
+                raise CheckpointError(f"{folder}: {name} has {size} bytes of {expected['size']}")
+            if describe_file(folder / name) != expected:
+                raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
+        return json.loads((folder / "state.json").read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: manifest.json cannot be read ({type(error).__name__})") from error
+
+
+def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `--resume_from_checkpoint` means, and its state; None for `latest` where there is none yet.
+    UserError if it is damaged or of another run."""
+    if config.resume_from_checkpoint != "latest":
+        candidates = [Path(config.resume_from_checkpoint)]
+        if not candidates[0].is_dir():
+            raise UserError(f"--resume_from_checkpoint {candidates[0]}: no such folder")
+    else:
+        candidates = find_checkpoints(config.output_dir)
+        if not candidates:
+            return None
+    damage = []
+    for folder in candidates:
+        try:
+            state = verify_checkpoint(folder)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for text in damage:
+            logger.warning("%s: going on from %s", text, folder.name)
+        for name in dict.fromkeys([*run, *state["run"]]):
+            if (here := run.get(name)) != (there := state["run"].get(name)):
+                raise UserError(
+                    f"--resume_from_checkpoint {folder}: it is of another run: {name} was {there} and is {here}"
+                )
+        return folder, state
+    raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
+
+
+class Checkpointer:
+    """Saves and restores one run. Every process has one; only the main one writes, in a thread of its own."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
+        """Find where to go on, on all processes alike: `start_step` is 0 for a run from the beginning."""
+        self.accelerator, self.config, self.run = accelerator, config, run
+        self.folder, self.state, error = None, None, None
+        if config.resume_from_checkpoint and accelerator.is_main_process:
+            try:
+                self.folder, self.state = choose_checkpoint(config, run) or (None, None)
+            except UserError as user_error:
+                error = str(user_error)
+        self.folder, self.state, error = broadcast_object_list([self.folder, self.state, error])
+        if error:
+            raise UserError(error)
+        self.start_step = self.state["step"] if self.state else 0
+        self.best = self.state["best"] if self.state else None  # {"step": , "value": }
+        if self.best and not self.best_folder.exists():
+            self.best = None  # a better one took its place, and will again
+        self.last_step = self.start_step
+        same = self.state and self.state["num_processes"] == accelerator.num_processes
+        self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future | None = None
+
+    @property
+    def parent(self) -> Path:
+        return Path(self.config.output_dir) / "checkpoints"
+
+    @property
+    def best_folder(self) -> Path:
+        return self.parent / f"best_step_{self.best['step']:06d}"
+
+    def restore(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> Counter:
+        """Set everything to the checkpoint's values, and metrics.jsonl too; returns the open interval."""
+        if self.accelerator.is_main_process:
+            for path in self.parent.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(path)
+        if self.folder is None:
+            return Counter()
+        self.load_weights(model, self.folder)
+        moments = load_file(self.folder / "optimizer.safetensors")
+        for name, parameter in trainable_parameters(self.accelerator, model).items():
+            of_parameter = {key: moments[f"{name}.{key}"] for key in self.state["optimizer_keys"]}
+            # Fused AdamW wants its step counter beside the weights.
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in of_parameter.items()}
+        lr_scheduler.load_state_dict(self.state["lr_scheduler"])
+        for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        interval = Counter()
+        if self.accelerator.is_main_process:
+            interval.update(self.state["interval"])
+            metrics = Path(self.config.output_dir) / "metrics.jsonl"
+            unfinished = metrics.with_name(metrics.name + ".part")
+            unfinished.write_bytes((self.folder / "metrics.jsonl").read_bytes())
+            unfinished.replace(metrics)
+            logger.info("going on from %s", self.folder)
+            if self.state["num_processes"] != self.accelerator.num_processes:
+                logger.info(
+                    "it was written by %d processes, here are %d: the same training to rounding, not to the bit",
+                    self.state["num_processes"], self.accelerator.num_processes,
+                )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        return interval
+
+    @torch.no_grad()
+    def load_weights(self, model: torch.nn.Module, folder: Path):
+        weights = load_file(folder / "model.safetensors")
+        for name, parameter in trainable_parameters(self.accelerator, model).items():
+            parameter.copy_(weights[name])
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        interval: Counter,
+        batch_size: int,
+    ):
+        """Take the state after `step` updates. Training waits for the copy of the tensors, not for the disk."""
+        started = time.perf_counter()
+        sums = dict(interval)
+        if interval:
+            parts = [torch.as_tensor(sums[name], dtype=torch.float32) for name in ("loss_sum", "num_computed_tokens")]
+            parts = torch.stack([part.to(self.accelerator.device) for part in parts])
+            sums["loss_sum"], sums["num_computed_tokens"] = self.accelerator.reduce(parts, "sum").tolist()
+        self.last_step = step
+        if not self.accelerator.is_main_process:
+            return
+        parameters = trainable_parameters(self.accelerator, model)
+        moments = {
+            f"{name}.{key}": copy_to_cpu(value)
+            for name, parameter in parameters.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        state = self.describe_state(step) | {
+            "optimizer_keys": list(next(iter(optimizer.state.values()))),
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "interval": sums,
+            "per_device_train_batch_size": batch_size,
+        }
+        tensors = {"model": {name: copy_to_cpu(p) for name, p in parameters.items()}, "optimizer": moments}
+        self.write(self.parent / f"step_{step:06d}", tensors, state)
+        logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
+
+    def save_if_best(self, step: int, model: torch.nn.Module, value: float):
+        """Keep these weights if no earlier validation gave a lower `value`."""
+        if self.best and self.best["value"] <= value:
+            return
+        self.best = {"step": step, "value": value}
+        if self.accelerator.is_main_process:
+            parameters = trainable_parameters(self.accelerator, model)
+            tensors = {"model": {name: copy_to_cpu(parameter) for name, parameter in parameters.items()}}
+            self.write(self.best_folder, tensors, self.describe_state(step))
+
+    def stop(self, request: StopRequest):
+        """Leave the run to be gone on with: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
+        failure = broadcast_object_list([self.wait()])[0]
+        if failure:
+            raise UserError(f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}")
+        if self.accelerator.is_main_process:
+            request.file.unlink(missing_ok=True)  # it has been heard
+            logger.info("stopped after step %d; go on with --resume_from_checkpoint latest", self.last_step)
+        self.accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
+
+    def finish(self, model: torch.nn.Module):
+        """Wait for what is being written, and take the best weights if that is asked for."""
+        self.wait()
+        if self.config.load_best_model_at_end and self.best:
+            self.load_best(model)
+
+    def load_best(self, model: torch.nn.Module):
+        """Set the model to the best validation's weights."""
+        self.accelerator.wait_for_everyone()
+        try:
+            verify_checkpoint(self.best_folder)
+        except CheckpointError as error:
+            raise UserError(f"--load_best_model_at_end: {error}") from error
+        self.load_weights(model, self.best_folder)
+        if self.accelerator.is_main_process:
+            logger.info("the best model is that of step %d", self.best["step"])
+
+    def describe_state(self, step: int) -> dict[str, Any]:
+        num_processes = self.accelerator.num_processes
+        return {"step": step, "run": self.run, "best": self.best, "num_processes": num_processes}
+
+    def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
+        """Hand over to the thread; its last error comes out here, or in `wait`."""
+        self.wait()
+        path = Path(self.config.output_dir) / "metrics.jsonl"
+        metrics = path.read_bytes() if path.exists() else b""
+        self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
+
+    def wait(self) -> str | None:
+        """Until the thread has written what it was given. What the disk said if that failed; training can go on."""
+        if self.writing is None:
+            return None
+        writing, self.writing = self.writing, None
+        try:
+            return writing.result()
+        except OSError as error:
+            kept = find_checkpoints(self.config.output_dir)
+            text = f"{error.strerror or error}; the newest checkpoint is {kept[0].name if kept else 'none'}"
+            logger.warning("a checkpoint could not be written: %s", text)
+            return text
+
+    def write_and_rotate(self, folder: Path, tensors: dict, state: dict, metrics: bytes):
+        write_checkpoint(folder, tensors, state, metrics)
+        # Only now that it is there; and never a newer one, left by a run that was gone on with from before it.
+        if folder.name.startswith("best"):
+            superfluous = [path for path in find_checkpoints(self.config.output_dir, "best_step") if path != folder]
+        else:
+            older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < state["step"]]
+            superfluous = older[self.config.checkpoints_total_limit - 1 :]
+        for path in superfluous:
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(folder: Path):
+    """By another name first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    folder.rename(unfinished)
+    shutil.rmtree(unfinished)
+
+
+def copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def trainable_parameters(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}

@@ -1,0 +1,53 @@
+"""End a run early without losing it: signals, a file STOP, a time limit; all processes at the same update."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from utils.config import TrainingConfig, parse_duration
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Whether somebody asked to stop since the run began."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig):
+        self.accelerator = accelerator
+        self.file = Path(config.output_dir) / "STOP"
+        self.deadline = time.monotonic() + parse_duration(config.max_time) if config.max_time else float("inf")
+        self.signaled = False
+        self.interrupted_at = None
+        self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.take_signal)
+        if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() and sys.platform == "linux":
+            # `accelerate launch` of one process, and any launcher on SIGUSR1, dies of a signal and tells no one.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def take_signal(self, number: int, frame: FrameType | None):
+        if number == signal.SIGINT:
+            # torchrun passes on what the terminal has sent already: only a later one is a second one.
+            if self.interrupted_at is not None and time.monotonic() > self.interrupted_at + 1:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            self.interrupted_at = self.interrupted_at or time.monotonic()
+        self.signaled = True
+
+    def asked(self) -> bool:
+        """On all processes, whether any was asked; every process must call it. Once true, it stays true."""
+        here = self.signaled or time.monotonic() > self.deadline or self.file.exists()
+        if not self.agreed:
+            flag = torch.tensor(int(here), device=self.accelerator.device)
+            self.agreed = bool(
+                self.accelerator.reduce(flag, "sum").item() if self.accelerator.num_processes > 1 else here
+            )
+        return self.agreed
