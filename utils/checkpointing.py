@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.config import TrainingConfig, UserError
@@ -86,7 +87,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
     try:
         unfinished.mkdir(parents=True)
         for name, of_file in tensors.items():
-            save_file(of_file, unfinished / f"{name}.safetensors")
+            write_tensors(unfinished / f"{name}.safetensors", of_file)
         (unfinished / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         (unfinished / "metrics.jsonl").write_bytes(metrics)
         files = {path.name: describe_file(path) for path in sorted(unfinished.iterdir())}
@@ -99,6 +100,15 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
+        raise OSError(f"{path.name}: {error}") from error  # a full disk, which safetensors does not raise as one
 
 
 def describe_file(path: Path) -> dict[str, Any]:
