@@ -120,7 +120,10 @@ def runs(tmp_path_factory, flan_t5, data_files) -> dict[str, Path]:
 @pytest.mark.parametrize(("name", "files"), [("full", FULL_FILES), ("lora", LORA_FILES), ("report", EVALUATION_FILES)])
 def test_exactly_these_files_are_left(runs, name, files):
     assert sorted(path.name for path in runs[name].parent.iterdir()) == ["full", "lora", "report"]
-    assert sorted(path.name for path in runs[name].iterdir()) == sorted(files)
+    left = sorted(path.name for path in runs[name].iterdir() if path.is_file())
+    assert left == sorted(files)
+    folders = [path.name for path in runs[name].iterdir() if path.is_dir()]
+    assert folders == ([] if name == "report" else ["checkpoints"])
     for file in files:
         assert any(fnmatch.fnmatch(file, pattern) for pattern in RUN_FILES), "a later run would not know it as a run's"
 
@@ -136,7 +139,7 @@ def test_every_pattern_of_a_runs_files_matches_one():
         "special_tokens_map.json",
         "spiece.model",
     ]
-    assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker")
+    assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker", "checkpoints")
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -258,7 +261,7 @@ def test_lora_trains_nothing_but_the_adapter(fresh_accelerator_state, flan_t5, d
             assert not parameter.requires_grad and torch.equal(parameter, before[original]), name
             num_frozen += 1
     assert num_frozen == len(before)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == RECORDS
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*RECORDS, "checkpoints"])
 
 
 def test_the_report(runs):

@@ -41,7 +41,6 @@ def summarize_with_models(
     return summaries
 
 
-@torch.no_grad()
 def generate_summaries(
     accelerator: Accelerator,
     model: PreTrainedModel,
@@ -61,24 +60,43 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
-    longest_first = sorted(range(len(prompt_ids)), key=lambda index: (-len(prompt_ids[index]), index))
-    size = config.per_device_eval_batch_size
-    batches = [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
-    mine = deal(batches, accelerator.process_index, accelerator.num_processes)
     model.to(accelerator.device).eval()
+    texts = generate_texts(
+        accelerator, model, tokenizer, prompt_ids, config.per_device_eval_batch_size, config.max_new_tokens,
+        config.num_beams, name,
+    )  # fmt: skip
+    summaries = dict(zip(distinct, texts, strict=True))
+    return [summaries[dialogue] for dialogue in dialogues]
+
+
+@torch.no_grad()
+def generate_texts(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    name: str | None = None,
+) -> list[str]:
+    """A text for each prompt, on every process; with a name, progress is shown."""
+    longest_first = sorted(range(len(prompt_ids)), key=lambda index: (-len(prompt_ids[index]), index))
+    batches = [longest_first[start : start + batch_size] for start in range(0, len(longest_first), batch_size)]
+    mine = deal(batches, accelerator.process_index, accelerator.num_processes)
     texts = []
-    for batch in tqdm(mine, desc=name, unit="batch", disable=not accelerator.is_main_process):
+    for batch in tqdm(mine, desc=name, unit="batch", disable=not (name and accelerator.is_main_process)):
         input_ids = [torch.tensor(prompt_ids[index]) for index in batch]
         padded = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
         mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
         output_ids = model.generate(
             input_ids=padded.to(accelerator.device),
             attention_mask=mask.to(accelerator.device),
-            max_new_tokens=config.max_new_tokens,
-            num_beams=config.num_beams,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
             do_sample=False,
         )
         texts += zip(batch, tokenizer.batch_decode(output_ids, skip_special_tokens=True), strict=True)
     # By index and not by order of arrival: processes may have had unequal numbers of batches.
-    summaries = {distinct[index]: text.strip() for index, text in gather_object(texts)}
-    return [summaries[dialogue] for dialogue in dialogues]
+    by_index = dict(gather_object(texts))
+    return [by_index[index].strip() for index in range(len(prompt_ids))]

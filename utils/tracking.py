@@ -44,23 +44,23 @@ def check_output_dir(config: Any):
     if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
     held = find_run_files(folder)
-    resume = getattr(config, "resume_from_checkpoint", None)
-    if resume == "latest" and not find_checkpoints(folder):
-        # Stopped before the first checkpoint: nothing is lost with it, unless there is a model.
-        held = [path for path in held if path.name in CONFIG_FILES]
-        resume = None if held else resume
-    elif not resume and not config.overwrite_output_dir and find_checkpoints(folder):
-        raise UserError(
-            f"--output_dir {folder} holds checkpoints: go on with --resume_from_checkpoint latest, or begin anew "
-            "with --overwrite_output_dir"
-        )
-    if held and not resume and not config.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {folder} holds a run already ({held[0].name}): take another, or --overwrite_output_dir"
-        )
+    if held and not config.overwrite_output_dir and not goes_on(config, held):
+        ways = "take another, or --overwrite_output_dir"
+        if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
+            ways = f"go on with --resume_from_checkpoint latest, {ways}"
+        raise UserError(f"--output_dir {folder} holds a run already ({held[0].name}): {ways}")
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: cannot write to {parent}")
+
+
+def goes_on(config: Any, held: list[Path]) -> bool:
+    """Whether the run that output_dir holds is the one to resume."""
+    checkpoint = getattr(config, "resume_from_checkpoint", None)
+    if checkpoint == "latest":
+        # Stopped before its first checkpoint, it begins again: nothing is lost with it, unless there is a model.
+        return bool(find_checkpoints(config.output_dir)) or not any(path.name in CONFIG_FILES for path in held)
+    return checkpoint is not None and Path(checkpoint).resolve().parent.parent == Path(config.output_dir).resolve()
 
 
 def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:

@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
 from utils.checkpointing import Checkpointer
 from utils.config import TrainingConfig, UserError
+from utils.generation import generate_texts
 from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
 from utils.memory import compute_gradient_in_memory, find_batch_size
 from utils.modeling import count_flops_per_token, export_model
 from utils.optimization import num_train_steps
+from utils.rouge import score_texts
 from utils.stopping import StopRequest
 from utils.tracking import log_metrics, measure_peak_memory
 
@@ -163,10 +165,33 @@ def log_validation(
         stop_and_keep(accelerator, model, tokenizer, config, step, f"validation after {step} updates: {error}")
     if metrics is None:
         return False
+    if config.metric_for_best_model != "loss":
+        metrics |= score_sample(accelerator, model, tokenizer, data, config)
     log_metrics(accelerator, config, step, "validation", metrics)
     if step > 0:
-        checkpointer.save_if_best(step, model, metrics["loss"])
+        value = metrics[config.metric_for_best_model]
+        checkpointer.save_if_best(step, model, value if config.metric_for_best_model == "loss" else -value)
     return True
+
+
+def score_sample(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    config: TrainingConfig,
+) -> dict[str, float]:
+    """The ROUGE of metric_for_best_model, of greedy summaries of the first 64 validation rows, each row alike."""
+    sample = data[:64]
+    model.eval()
+    predictions = generate_texts(
+        accelerator, accelerator.unwrap_model(model), tokenizer, sample["input_ids"],
+        config.per_device_eval_batch_size, config.max_target_length,
+    )  # fmt: skip
+    model.train()
+    references = [[text] for text in tokenizer.batch_decode(sample["labels"], skip_special_tokens=True)]
+    scores = score_texts(predictions, references, use_stemmer=False)[config.metric_for_best_model]
+    return {config.metric_for_best_model: float(np.mean(scores))}
 
 
 def stop_and_keep(
