@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,15 @@ def test_default_commands(hub, tmp_path):
     check_training(full, folder / "flan-t5-base-dialogsum-checkpoint", count_weights(hub.root))
     lora = launch(folder, online, "train_lora.py")
     check_training(lora, folder / "flan-t5-base-dialogsum-lora", 32 * (16 + 16) * 2 * 3)  # q and v of 3 attentions
+
+    adapter = folder / "flan-t5-base-dialogsum-lora" / "adapter_model.safetensors"
+    trained = adapter.read_bytes()
+    for step in (40, 48):  # as if it had been killed after 30 updates
+        shutil.rmtree(folder / "flan-t5-base-dialogsum-lora" / "checkpoints" / f"step_{step:06d}")
+    lora = launch(folder, online, "train_lora.py", "--resume_from_checkpoint", "latest")
+    check_training(lora, folder / "flan-t5-base-dialogsum-lora", 32 * (16 + 16) * 2 * 3)
+    assert "going on from flan-t5-base-dialogsum-lora/checkpoints/step_000030" in lora.stderr
+    assert adapter.read_bytes() == trained
 
     evaluation = launch(folder, online, "evaluate_rouge.py")
     assert evaluation.returncode == 0, evaluation.stderr

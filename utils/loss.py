@@ -115,30 +115,30 @@ def compute_gradient(
     """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
     process has equally many; gradients are synchronised once, with the last.
 
-    With `recover`, a micro-batch that does not fit raises torch.OutOfMemoryError on every process, before any of them
-    waits for the others' gradients; but for the last, the cheapest, where there are several processes.
+    With `recover`, a micro-batch that does not fit raises torch.OutOfMemoryError on every process: they agree on it
+    before they synchronise, which then does not overlap with the last backward pass.
 
     Returns:
         The micro-batches' sums of losses, still on the device.
     """
+    synchronise_after = recover and accelerator.num_processes > 1
     loss_sums, error = [], None
-    for turn, batch in enumerate(micro_batches, start=1):
-        last = turn == len(micro_batches)
-        if last and recover and accelerator.num_processes > 1:
-            failed = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
-            error = error or (torch.OutOfMemoryError("on another process") if failed.any() else None)
-        if error:
-            if last:
-                raise error
-            continue
-        try:
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+    try:
+        for turn, batch in enumerate(micro_batches, start=1):
+            last = turn == len(micro_batches)
+            with contextlib.nullcontext() if last and not synchronise_after else accelerator.no_sync(model):
                 loss_sum = sum_target_losses(accelerator, model, batch)
                 # DDP averages gradients over the processes; the sum is what makes them those of one large batch.
                 accelerator.backward(loss_sum * (accelerator.num_processes / num_target_tokens))
             loss_sums.append(loss_sum.detach())
-        except torch.OutOfMemoryError as out_of_memory:
-            if last or not recover or accelerator.num_processes == 1:
-                raise
-            error = out_of_memory.with_traceback(None)  # which would hold on to the memory
+    except torch.OutOfMemoryError as out_of_memory:
+        if not synchronise_after:
+            raise
+        error = out_of_memory.with_traceback(None)  # which would hold on to the memory
+    if synchronise_after:
+        if accelerator.gather(torch.tensor([error is not None], device=accelerator.device)).any():
+            raise error or torch.OutOfMemoryError("on another process")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
     return loss_sums
