@@ -47,7 +47,7 @@ def main(config: TrainingConfig):
     start_run(
         accelerator,
         config,
-        checkpointer.start_step,
+        checkpointer.folder,
         num_parameters=num_parameters,
         num_trainable_parameters=num_trainable_parameters,
         num_train_examples=len(train_data),

@@ -48,7 +48,7 @@ def main(config: LoraTrainingConfig):
     start_run(
         accelerator,
         config,
-        checkpointer.start_step,
+        checkpointer.folder,
         num_parameters=num_parameters,
         num_trainable_parameters=num_trainable_parameters,
         num_train_examples=len(train_data),

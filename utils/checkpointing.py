@@ -179,7 +179,7 @@ class Checkpointer:
     """Saves and restores one run. Every process has one; only the main one writes, in a thread of its own."""
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
-        """Find where to go on, on all processes alike: `start_step` is 0 for a run from the beginning."""
+        """Find where to go on, on all processes alike: `folder` is None for a run from the beginning."""
         self.accelerator, self.config, self.run = accelerator, config, run
         self.folder, self.state, error = None, None, None
         if config.resume_from_checkpoint and accelerator.is_main_process:
@@ -190,11 +190,10 @@ class Checkpointer:
         self.folder, self.state, error = broadcast_object_list([self.folder, self.state, error])
         if error:
             raise UserError(error)
-        self.start_step = self.state["step"] if self.state else 0
         self.best = self.state["best"] if self.state else None  # {"step": , "value": }
         if self.best and not self.best_folder.exists():
             self.best = None  # a better one took its place, and will again
-        self.last_step = self.start_step
+        self.last_step = self.state["step"] if self.state else 0
         same = self.state and self.state["num_processes"] == accelerator.num_processes
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
         self.thread = ThreadPoolExecutor(max_workers=1)
@@ -220,6 +219,8 @@ class Checkpointer:
                 shutil.rmtree(path)
         if self.folder is None:
             return Counter()
+        if not self.folder.is_dir():  # the main process has verified it
+            raise UserError(f"{self.folder} cannot be seen by every process: --output_dir must be on a shared disk")
         self.load_weights(model, self.folder)
         moments = load_file(self.folder / "optimizer.safetensors")
         for name, parameter in trainable_parameters(self.accelerator, model).items():
@@ -298,11 +299,13 @@ class Checkpointer:
 
     def stop(self, request: StopRequest):
         """Leave the run to be gone on with: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
-        failure = broadcast_object_list([self.wait()])[0]
+        failure = self.wait()
+        if self.accelerator.is_main_process:
+            request.file.unlink(missing_ok=True)  # it has been heard
+        failure = broadcast_object_list([failure])[0]
         if failure:
             raise UserError(f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}")
         if self.accelerator.is_main_process:
-            request.file.unlink(missing_ok=True)  # it has been heard
             logger.info("stopped after step %d; go on with --resume_from_checkpoint latest", self.last_step)
         self.accelerator.end_training()
         sys.exit(EXIT_STOPPED)

@@ -60,7 +60,11 @@ def goes_on(config: Any, held: list[Path]) -> bool:
     if checkpoint == "latest":
         # Stopped before its first checkpoint, it begins again: nothing is lost with it, unless there is a model.
         return bool(find_checkpoints(config.output_dir)) or not any(path.name in CONFIG_FILES for path in held)
-    return checkpoint is not None and Path(checkpoint).resolve().parent.parent == Path(config.output_dir).resolve()
+    return checkpoint is not None and is_in(Path(checkpoint), config.output_dir)
+
+
+def is_in(checkpoint: Path, output_dir: str) -> bool:
+    return checkpoint.resolve().parent.parent == Path(output_dir).resolve()
 
 
 def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:
@@ -80,12 +84,11 @@ def clear_output_dir(accelerator: Accelerator, config: Any, *patterns: str):
     accelerator.wait_for_everyone()
 
 
-def start_run(accelerator: Accelerator, config: TrainingConfig, start_step: int, **facts: Any):
+def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path | None, **facts: Any):
     """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `facts`.
-    What the folder holds stays there if the run goes on from a checkpoint."""
-    if start_step == 0:
+    What the folder holds stays there if the run goes on from a checkpoint in it."""
+    if checkpoint is None or not is_in(checkpoint, config.output_dir):
         clear_output_dir(accelerator, config)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
     if accelerator.is_main_process:
         manifest = {
