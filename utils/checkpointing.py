@@ -35,6 +35,7 @@ from utils.stopping import EXIT_STOPPED, StopRequest
 
 logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
+SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # of an open interval; of the others, the main one's count
 # Settings that make a run what it is; with others it would not go on but be another one.
 IDENTITY_SETTINGS = (
     "total_train_batch_size", "seed", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_ratio",
@@ -230,9 +231,8 @@ class Checkpointer:
         lr_scheduler.load_state_dict(self.state["lr_scheduler"])
         for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
-        interval = Counter()
+        interval = self.restore_interval()
         if self.accelerator.is_main_process:
-            interval.update(self.state["interval"])
             metrics = Path(self.config.output_dir) / "metrics.jsonl"
             unfinished = metrics.with_name(metrics.name + ".part")
             unfinished.write_bytes((self.folder / "metrics.jsonl").read_bytes())
@@ -244,6 +244,17 @@ class Checkpointer:
                     self.state["num_processes"], self.accelerator.num_processes,
                 )  # fmt: skip
         self.accelerator.wait_for_everyone()
+        return interval
+
+    def restore_interval(self) -> Counter:
+        """Each process its own sums, for their sum to be rounded as ever; of other processes, the main one all."""
+        interval = Counter(self.state["interval"])
+        for name in SUMS_OF_A_PROCESS if interval else ():
+            of_each, index = interval[name], self.accelerator.process_index
+            if len(of_each) == self.accelerator.num_processes:
+                interval[name] = of_each[index]
+            else:
+                interval[name] = sum(of_each) if index == 0 else 0.0
         return interval
 
     @torch.no_grad()
@@ -265,9 +276,10 @@ class Checkpointer:
         started = time.perf_counter()
         sums = dict(interval)
         if interval:
-            parts = [torch.as_tensor(sums[name], dtype=torch.float32) for name in ("loss_sum", "num_computed_tokens")]
+            parts = [torch.as_tensor(sums[name], dtype=torch.float32) for name in SUMS_OF_A_PROCESS]
             parts = torch.stack([part.to(self.accelerator.device) for part in parts])
-            sums["loss_sum"], sums["num_computed_tokens"] = self.accelerator.reduce(parts, "sum").tolist()
+            for name, of_each in zip(SUMS_OF_A_PROCESS, self.accelerator.gather(parts[None]).T.tolist(), strict=True):
+                sums[name] = of_each
         self.last_step = step
         if not self.accelerator.is_main_process:
             return
