@@ -3,18 +3,25 @@
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, read_jsonl, run_script
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/etc/debian_version").exists(), reason="a local Slurm needs root on Debian"
 )
+TWO_NODES = ("--nodes", "2")
+UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+NUM_STEPS = 120
+ENDLESS = ("--max_train_steps", "100000")
 
 
 def find_free_ports(num_ports: int) -> int:
@@ -30,49 +37,215 @@ def find_free_ports(num_ports: int) -> int:
     raise RuntimeError("no free ports")
 
 
+class Cluster:
+    """A Slurm with two nodes of one (pretended) GPU each, where a dead node is noticed within seconds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        knobs = {"LS_PORT": str(find_free_ports(3)), "LS_GPUS": "1", "LS_SLURMD_TIMEOUT": "10"}
+        self.start_environment = os.environ | knobs
+        name, _, value = shlex.split(self.start())[1].partition("=")
+        self.environment = os.environ | {name: value, "ACCELERATE_USE_CPU": "true"}
+
+    def start(self) -> str:
+        """Start what is not running."""
+        command = [REPOSITORY / "tests" / "slurm" / "start-local-slurm.sh", self.folder]
+        return subprocess.run(
+            command, env=self.start_environment, check=True, capture_output=True, text=True, timeout=240
+        ).stdout
+
+    def stop(self):
+        subprocess.run([REPOSITORY / "tests" / "slurm" / "stop-local-slurm.sh", self.folder], check=True, timeout=120)
+
+    def call(self, *words: str) -> str:
+        return subprocess.run(
+            words, cwd=REPOSITORY, env=self.environment, check=True, capture_output=True, text=True, timeout=60
+        ).stdout.strip()
+
+    def submit(self, log: Path, *words: str | Path) -> str:
+        return self.call("sbatch", "--parsable", "--time=10", "--cpus-per-gpu=1", f"--output={log}", *map(str, words))
+
+    def show(self, job: str) -> dict[str, str]:
+        fields = self.call("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(field.partition("=")[::2] for field in fields)
+
+    def finish(self, job: str, timeout: int = 60) -> dict[str, str]:
+        """Wait until the job is over."""
+        wait_until(lambda: self.show(job)["JobState"] not in UNDER_WAY, timeout, lambda: self.show(job))
+        return self.show(job)
+
+    def find_process(self, job: str, rank: int) -> int:
+        """The process id of a job's training process."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= set(environment) and b"train_" in command:
+                return int(folder.name)
+        raise ProcessLookupError(f"job {job} has no rank {rank}")
+
+
+def wait_until(condition: Callable[[], bool], timeout: int, explain: Callable[[], object]):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {timeout} s: {explain()}")
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
-def slurm():
-    """The environment of a running cluster."""
+def cluster():
     folder = tempfile.mkdtemp(dir="/tmp")  # short: the path of a Unix socket must fit into 100 characters
-    start = [REPOSITORY / "tests" / "slurm" / "start-local-slurm.sh", folder]
-    environment = os.environ | {"LS_PORT": str(find_free_ports(3)), "LS_GPUS": "1"}
-    output = subprocess.run(start, env=environment, check=True, capture_output=True, text=True, timeout=240).stdout
-    name, _, value = shlex.split(output)[1].partition("=")
-    yield os.environ | {name: value, "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([REPOSITORY / "tests" / "slurm" / "stop-local-slurm.sh", folder], check=True, timeout=120)
+    cluster = Cluster(Path(folder))
+    yield cluster
+    cluster.stop()
     shutil.rmtree(folder)
 
 
-def run_job(slurm: dict[str, str], log: Path, *words: str, timeout: int = 240) -> str:
-    """Submit, wait until the job is over, and return its state."""
-    submit = ["sbatch", "--parsable", "--time=10", "--cpus-per-task=1", f"--output={log}", *words]
-    run = subprocess.run(submit, cwd=REPOSITORY, env=slurm, check=True, capture_output=True, text=True, timeout=60)
-    job = run.stdout.strip()
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        show = ["scontrol", "--oneliner", "show", "job", job]
-        fields = subprocess.run(show, env=slurm, check=True, capture_output=True, text=True, timeout=60).stdout
-        state = dict(field.partition("=")[::2] for field in fields.split())["JobState"]
-        if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-            return state
-        time.sleep(1)
-    subprocess.run(["scancel", job], env=slurm, check=True, timeout=60)
-    raise TimeoutError(f"job {job} was {state} after {timeout} s: {log.read_text()}")
-
-
-def test_two_nodes_train_together(slurm, flan_t5, data_files, tmp_path):
-    settings = (
-        "--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--output_dir", tmp_path / "lora",
-        "--total_train_batch_size", "8", "--logging_steps", "1",
+@pytest.fixture
+def settings(flan_t5, data_files, tmp_path) -> tuple:
+    return (
+        "--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--output_dir", tmp_path / "out",
+        "--total_train_batch_size", "8", "--logging_steps", "1", "--max_train_steps", NUM_STEPS,
     )  # fmt: skip
-    words = ["--nodes", "2", "--gpus-per-node", "1", "slurm/train_lora.sbatch", *map(str, settings)]
-    assert run_job(slurm, tmp_path / "log", *words) == "COMPLETED", (tmp_path / "log").read_text()
-    assert '"num_processes": 2' in (tmp_path / "lora" / "run_manifest.json").read_text()
-    assert [line["step"] for line in read_jsonl(tmp_path / "lora" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
 
 
-def test_a_failing_script_fails_the_job(slurm, tmp_path):
-    words = ["slurm/train_full.sbatch", "--train_file", "missing.csv"]
-    assert run_job(slurm, tmp_path / "log", *words) == "FAILED"
+@pytest.fixture(scope="module")
+def never_stopped(flan_t5, data_files, tmp_path_factory) -> Path:
+    """The output folder of two processes that nobody stopped, without a Slurm."""
+    folder = tmp_path_factory.mktemp("never") / "out"
+    words = (
+        "--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--output_dir", folder,
+        "--total_train_batch_size", "8", "--logging_steps", "1", "--max_train_steps", NUM_STEPS,
+    )  # fmt: skip
+    run = run_script("train_lora.py", *words, num_processes=2)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def read_steps(output_dir: Path) -> list[int]:
+    """The steps of metrics.jsonl, which a running job may be writing to."""
+    path = output_dir / "metrics.jsonl"
+    return [line["step"] for line in read_jsonl(path)] if path.exists() else []
+
+
+def wait_for_step(step: int, output_dir: Path, log: Path):
+    def reached() -> bool:
+        path = output_dir / "metrics.jsonl"
+        return path.exists() and path.read_bytes().count(b"\n") >= step
+
+    wait_until(reached, 60, log.read_text)
+
+
+def check_same(output_dir: Path, never_stopped: Path):
+    """Bit for bit the same adapter, and one unbroken record."""
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (output_dir, never_stopped))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not ours[name].equal(theirs[name])] == []
+    assert read_steps(output_dir) == list(range(1, NUM_STEPS + 1))
+
+
+def test_two_nodes_train_together(cluster, settings, never_stopped, tmp_path):
+    job = cluster.submit(tmp_path / "log", *TWO_NODES, "slurm/train_lora.sbatch", *settings)
+    assert cluster.finish(job)["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    assert '"num_processes": 2' in (tmp_path / "out" / "run_manifest.json").read_text()
+    check_same(tmp_path / "out", never_stopped)
+
+
+def test_a_failing_script_fails_the_job(cluster, tmp_path):
+    job = cluster.submit(tmp_path / "log", "slurm/train_full.sbatch", "--train_file", "missing.csv")
+    fields = cluster.finish(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0")
     assert "missing.csv: no such file" in (tmp_path / "log").read_text()
+
+
+def test_signaled_requeued_and_resumed(cluster, settings, never_stopped, tmp_path):
+    """Twice, on two nodes; the log is one, and the user's own words about resuming are of the first start alone."""
+    log = tmp_path / "log"
+    words = (*settings, "--overwrite_output_dir")
+    job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *words)
+    for num_restarts, step in ((1, 5), (2, 50)):
+        wait_for_step(step, tmp_path / "out", log)
+        cluster.call("scancel", "--batch", "--signal=USR1", job)
+        wait_until(lambda n=num_restarts: cluster.show(job)["Restarts"] == str(n), 30, log.read_text)
+        assert len(read_steps(tmp_path / "out")) < NUM_STEPS
+    fields = cluster.finish(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), log.read_text()
+    assert log.read_text().count("going on from") == 2
+    assert log.read_text().count("; go on with --resume_from_checkpoint latest") == 2
+    check_same(tmp_path / "out", never_stopped)
+
+
+def test_ahead_of_its_limit_and_canceled(cluster, settings, tmp_path):
+    """Slurm itself signals the job, which is queued again; `scancel` then ends it for good."""
+    log = tmp_path / "log"
+    job = cluster.submit(log, "--signal=B:USR1@20", "slurm/train_lora.sbatch", *settings, *ENDLESS)
+    wait_for_step(1, tmp_path / "out", log)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # the shortest that Slurm knows
+    # It looks at limits twice a minute, and signals up to half a minute early.
+    wait_until(lambda: cluster.show(job)["Restarts"] == "1", 65, log.read_text)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    stopped_after = len(read_steps(tmp_path / "out"))
+    assert f"stopped after step {stopped_after};" in log.read_text()
+    wait_for_step(stopped_after + 5, tmp_path / "out", log)
+    assert f"going on from {tmp_path}/out/checkpoints/step_{stopped_after:06d}" in log.read_text()
+
+    cluster.call("scancel", job)
+    fields = cluster.finish(job, 30)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "1")
+
+
+def test_a_stop_file_ends_the_job(cluster, settings, tmp_path):
+    job = cluster.submit(tmp_path / "log", "slurm/train_full.sbatch", *settings, *ENDLESS)
+    wait_for_step(1, tmp_path / "out", tmp_path / "log")
+    (tmp_path / "out" / "STOP").touch()
+    fields = cluster.finish(job, 30)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "75:0", "0")
+
+
+def test_a_killed_rank_ends_the_job(cluster, settings, tmp_path):
+    job = cluster.submit(tmp_path / "log", *TWO_NODES, "slurm/train_lora.sbatch", *settings, *ENDLESS)
+    wait_for_step(1, tmp_path / "out", tmp_path / "log")
+    # Frozen in the middle of a step, the other one can't notice by itself that its peer is gone.
+    os.kill(cluster.find_process(job, 0), signal.SIGSTOP)
+    os.kill(cluster.find_process(job, 1), signal.SIGKILL)
+    fields = cluster.finish(job, 20)
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0"), (tmp_path / "log").read_text()
+
+
+def test_a_lost_node(cluster, settings, never_stopped, tmp_path):
+    """Its daemon is killed and its process answers no more: Slurm notices, queues the job again, and it goes on."""
+    log = tmp_path / "log"
+    job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *settings)
+    wait_for_step(15, tmp_path / "out", log)
+    frozen = cluster.find_process(job, 1)
+    os.kill(frozen, signal.SIGSTOP)
+    os.kill(int((cluster.folder / "run" / "slurmd-node2.pid").read_text()), signal.SIGKILL)
+    wait_until(lambda: cluster.show(job)["Restarts"] == "1", 60, lambda: cluster.show(job))
+    os.kill(frozen, signal.SIGKILL)
+    cluster.start()
+    assert cluster.finish(job)["JobState"] == "COMPLETED", log.read_text()
+    assert "going on from" in log.read_text()
+    check_same(tmp_path / "out", never_stopped)
+
+
+def test_arrays(cluster, settings, data_files, tmp_path):
+    """A run per seed, of which one is stopped, requeued and resumed by itself; then an evaluation of each."""
+    outputs = ("--output_dir", tmp_path / "seed-%a")
+    job = cluster.submit(tmp_path / "log-%a", "--array=1-2", "slurm/array_lora.sbatch", *settings, *outputs)
+    wait_for_step(1, tmp_path / "seed-2", tmp_path / "log-2")
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    for seed, num_restarts in ((1, "0"), (2, "1")):
+        fields = cluster.finish(f"{job}_{seed}")
+        assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", num_restarts)
+        assert read_steps(tmp_path / f"seed-{seed}") == list(range(1, NUM_STEPS + 1))
+        assert f'"seed": {seed}' in (tmp_path / f"seed-{seed}" / "run_manifest.json").read_text()
+
+    words = ("--test_file", data_files["test"], "--max_new_tokens", "8", "--output_dir", tmp_path / "report-%a")
+    words = ("slurm/evaluate_rouge.sbatch", "--models", f"lora={tmp_path}/seed-%a", *words)
+    job = cluster.submit(tmp_path / "log-%a", "--array=1-2", *words)
+    for seed in (1, 2):
+        assert cluster.finish(f"{job}_{seed}")["JobState"] == "COMPLETED", (tmp_path / f"log-{seed}").read_text()
+        assert len(read_jsonl(tmp_path / f"report-{seed}" / "predictions.jsonl")) == 4

@@ -1,0 +1,42 @@
+# shellcheck shell=bash
+# What the .sbatch files share: `source slurm/launch.sh SCRIPT WORD...` starts one process a GPU on each of the job's
+# nodes and ends the batch shell as they end. Ahead of the time limit Slurm signals the batch shell (--signal=B:), which
+# passes it on to the step; a script that then stops with 75 (a checkpoint is written) is queued again. One that stops
+# with 75 for another reason (a STOP file, --max_time) is not: the job ends as FAILED with exit code 75, and so it does
+# at once with any other code. `scancel --batch --signal=USR1 JOB` asks for the same as the limit.
+set -euo pipefail
+script=$1
+shift
+
+set -- "${@//\%a/${SLURM_ARRAY_TASK_ID-%a}}" # %a in a word is the array's index, as in Slurm's --output
+# Queued again, by this file or by Slurm after a node failed or the job was preempted. Of two settings the last counts.
+if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ $script == train_* ]]; then
+    set -- "$@" --resume_from_checkpoint latest
+fi
+
+num_gpus=${SLURM_GPUS_ON_NODE:-1}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export WORLD_SIZE=$((SLURM_NNODES * num_gpus)) LOCAL_WORLD_SIZE=$num_gpus
+
+# No torchrun between: it hides the exit code and dies of SIGUSR1. exec, since Slurm signals this very process alone.
+# shellcheck disable=SC2016  # each task's own variables, not the batch shell's
+srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / num_gpus)) \
+    --kill-on-bad-exit=1 \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash "$script" "$@" &
+step=$!
+signaled=''
+trap 'trap "" USR1; signaled=1; kill -USR1 "$step" || true' USR1
+code=0
+wait "$step" || code=$?
+if [[ $signaled ]]; then # which ended the first wait
+    code=0
+    wait "$step" || code=$?
+fi
+
+# 143: the first process that stops with 75 has the others terminated, which are at their own exit by then.
+if [[ $signaled ]] && ((code == 75 || code == 143)); then
+    # An array's last task has the job id of the whole array: name the task.
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID+_$SLURM_ARRAY_TASK_ID}"
+fi
+exit "$code"
