@@ -550,6 +550,15 @@ def test_rotation(paths, tmp_path, monkeypatch, limit):
     assert all(len(names) == limit + 1 for names in kept) and len(kept) == 6 - limit
 
 
+def test_a_kill_before_the_last_rotation(paths, copy_of_stopped, never_stopped):
+    """The old ones go when the run is gone on with, be there nothing left to write."""
+    shutil.copytree(never_stopped["full"] / "checkpoints", copy_of_stopped / "checkpoints", dirs_exist_ok=True)
+    assert len(find_checkpoints(copy_of_stopped)) == 4
+    assert resume("full", paths, copy_of_stopped, checkpoints_total_limit=1) == 0
+    assert [path.name for path in find_checkpoints(copy_of_stopped)] == ["step_000012"]
+    check_same("full", copy_of_stopped, never_stopped["full"])
+
+
 def test_the_only_good_one_is_kept(paths, tmp_path, monkeypatch):
     """With a limit of 1, and no later one that can be written."""
     save_file = checkpointing.save_file

@@ -220,6 +220,8 @@ class Checkpointer:
                 shutil.rmtree(path)
         if self.folder is None:
             return Counter()
+        if self.accelerator.is_main_process:
+            self.remove_older(self.last_step)  # which a kill may have prevented
         if not self.folder.is_dir():  # the main process has verified it
             raise UserError(f"{self.folder} cannot be seen by every process: --output_dir must be on a shared disk")
         self.load_weights(model, self.folder)
@@ -365,13 +367,18 @@ class Checkpointer:
 
     def write_and_rotate(self, folder: Path, tensors: dict, state: dict, metrics: bytes):
         write_checkpoint(folder, tensors, state, metrics)
-        # Only now that it is there; and never a newer one, left by a run that was gone on with from before it.
+        # Only now that it is there.
         if folder.name.startswith("best"):
-            superfluous = [path for path in find_checkpoints(self.config.output_dir, "best_step") if path != folder]
+            for path in find_checkpoints(self.config.output_dir, "best_step"):
+                if path != folder:
+                    remove_checkpoint(path)
         else:
-            older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < state["step"]]
-            superfluous = older[self.config.checkpoints_total_limit - 1 :]
-        for path in superfluous:
+            self.remove_older(state["step"])
+
+    def remove_older(self, step: int):
+        """Keep checkpoints_total_limit with that of `step`, and any newer, left by a run gone on with from before."""
+        older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < step]
+        for path in older[self.config.checkpoints_total_limit - 1 :]:
             remove_checkpoint(path)
 
 
