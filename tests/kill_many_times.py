@@ -66,7 +66,8 @@ def draw_kill(rng: random.Random, seconds: float, number: int) -> dict:
     if number % 2:
         return {"seconds": rng.uniform(0, seconds)}
     point = rng.choice(list(NUM_CALLS))
-    moment = rng.choice(["before", "half", "after"])
+    moments = ["before", "after"] if point.startswith(("os", "Path.re")) else ["before", "half", "after"]
+    moment = rng.choice(moments)
     return {"point": point, "call": rng.randint(1, NUM_CALLS[point]), "moment": moment}
 
 
