@@ -23,7 +23,7 @@ from utils.training import train
 def main(config: LoraTrainingConfig):
     check_output_dir(config)
     train_rows = load_rows(config, "train", config.max_train_samples)
-    validation_rows = load_rows(config, "validation", config.max_eval_samples, optional=True)
+    validation_rows = load_rows(config, "validation", config.max_eval_samples, not config.needs_validation)
     accelerator = start_accelerator(config)
 
     tokenizer = load_tokenizer(config.model_name_or_path)

@@ -11,6 +11,7 @@ A checkpoint is taken before the evaluation of its step, which a resumed run rep
 reseeded in each step.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -75,14 +76,12 @@ def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def find_checkpoint(output_dir: str | Path, step: int) -> bool:
+    return any(step_of(path) == step for path in find_checkpoints(output_dir))
+
+
 def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, metrics: bytes):
     """Write `folder` whole or not at all: beside it, flushed to disk, then renamed."""
-    if folder.exists():
-        try:
-            verify_checkpoint(folder)
-            return  # taken again after a resume from an earlier one
-        except CheckpointError:
-            shutil.rmtree(folder)
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -96,8 +95,11 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*unfinished.iterdir(), unfinished):
             flush_to_disk(path)
+        if folder.exists():  # the run has gone on from before it, or it is damaged
+            remove_checkpoint(folder, ".replaced")
         unfinished.rename(folder)
-        flush_to_disk(folder.parent)
+        for path in (folder.parent, folder.parent.parent):
+            flush_to_disk(path)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -152,8 +154,12 @@ def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path
     UserError if it is damaged or of another run."""
     if config.resume_from_checkpoint != "latest":
         candidates = [Path(config.resume_from_checkpoint)]
-        if not candidates[0].is_dir():
+        if not os.path.isdir(candidates[0]):
             raise UserError(f"--resume_from_checkpoint {candidates[0]}: no such folder")
+        if not re.fullmatch(r"step_\d+", candidates[0].name):
+            raise UserError(
+                f"--resume_from_checkpoint {candidates[0]}: its name is not that of a checkpoint, step_..."
+            )
     else:
         candidates = find_checkpoints(config.output_dir)
         if not candidates:
@@ -176,6 +182,17 @@ def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path
     raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
 
 
+def find_best(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The best model that lies, undamaged, in a folder of checkpoints, and {"step": , "value": } of it."""
+    found = []
+    for path in find_checkpoints(folder.parent, "best_step"):
+        try:
+            found.append((path, verify_checkpoint(path)["best"]))
+        except CheckpointError as error:
+            logger.warning("%s", error)
+    return min(found, key=lambda pair: pair[1]["value"], default=(None, None))
+
+
 class Checkpointer:
     """Saves and restores one run. Every process has one; only the main one writes, in a thread of its own."""
 
@@ -183,17 +200,19 @@ class Checkpointer:
         """Find where to go on, on all processes alike: `folder` is None for a run from the beginning."""
         self.accelerator, self.config, self.run = accelerator, config, run
         self.folder, self.state, error = None, None, None
+        # What lies there may be of a later step than the checkpoint: the run will come by it again.
+        self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
         if config.resume_from_checkpoint and accelerator.is_main_process:
             try:
                 self.folder, self.state = choose_checkpoint(config, run) or (None, None)
+                if self.folder:
+                    self.best_folder, self.best = find_best(self.folder.parent)
             except UserError as user_error:
                 error = str(user_error)
-        self.folder, self.state, error = broadcast_object_list([self.folder, self.state, error])
+        found = [self.folder, self.state, self.best_folder, self.best, error]
+        self.folder, self.state, self.best_folder, self.best, error = broadcast_object_list(found)
         if error:
             raise UserError(error)
-        self.best = self.state["best"] if self.state else None  # {"step": , "value": }
-        if self.best and not self.best_folder.exists():
-            self.best = None  # a better one took its place, and will again
         self.last_step = self.state["step"] if self.state else 0
         same = self.state and self.state["num_processes"] == accelerator.num_processes
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
@@ -204,10 +223,6 @@ class Checkpointer:
     def parent(self) -> Path:
         return Path(self.config.output_dir) / "checkpoints"
 
-    @property
-    def best_folder(self) -> Path:
-        return self.parent / f"best_step_{self.best['step']:06d}"
-
     def restore(
         self,
         model: torch.nn.Module,
@@ -216,6 +231,7 @@ class Checkpointer:
     ) -> Counter:
         """Set everything to the checkpoint's values, and metrics.jsonl too; returns the open interval."""
         if self.accelerator.is_main_process:
+            (Path(self.config.output_dir) / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
             for path in self.parent.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path)
         if self.folder is None:
@@ -285,6 +301,7 @@ class Checkpointer:
         self.last_step = step
         if not self.accelerator.is_main_process:
             return
+        self.wait()  # before there is a second copy in memory
         parameters = trainable_parameters(self.accelerator, model)
         moments = {
             f"{name}.{key}": copy_to_cpu(value)
@@ -305,19 +322,22 @@ class Checkpointer:
         """Keep these weights if no earlier validation gave a lower `value`."""
         if self.best and self.best["value"] <= value:
             return
-        self.best = {"step": step, "value": value}
+        self.best, self.best_folder = {"step": step, "value": value}, self.parent / f"best_step_{step:06d}"
         if self.accelerator.is_main_process:
+            self.wait()
             parameters = trainable_parameters(self.accelerator, model)
             tensors = {"model": {name: copy_to_cpu(parameter) for name, parameter in parameters.items()}}
             self.write(self.best_folder, tensors, self.describe_state(step))
 
-    def stop(self, request: StopRequest):
+    def stop(self, request: StopRequest) -> NoReturn:
         """Leave the run to be gone on with: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
         failure = self.wait()
+        written = self.last_step == 0 or find_checkpoint(self.config.output_dir, self.last_step)
         if self.accelerator.is_main_process:
-            request.file.unlink(missing_ok=True)  # it has been heard
-        failure = broadcast_object_list([failure])[0]
-        if failure:
+            with contextlib.suppress(OSError):
+                request.file.unlink(missing_ok=True)  # it has been heard
+        failure, written = broadcast_object_list([failure, written])
+        if not written:
             raise UserError(f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}")
         if self.accelerator.is_main_process:
             logger.info("stopped after step %d; go on with --resume_from_checkpoint latest", self.last_step)
@@ -325,29 +345,28 @@ class Checkpointer:
         sys.exit(EXIT_STOPPED)
 
     def finish(self, model: torch.nn.Module):
-        """Wait for what is being written, and take the best weights if that is asked for."""
+        """Wait for what is being written, and take the best weights if that is asked for. If they are lost, the last
+        ones are better than none."""
         self.wait()
-        if self.config.load_best_model_at_end and self.best:
-            self.load_best(model)
-
-    def load_best(self, model: torch.nn.Module):
-        """Set the model to the best validation's weights."""
-        self.accelerator.wait_for_everyone()
-        try:
-            verify_checkpoint(self.best_folder)
-        except CheckpointError as error:
-            raise UserError(f"--load_best_model_at_end: {error}") from error
-        self.load_weights(model, self.best_folder)
+        if not self.config.load_best_model_at_end:
+            return
         if self.accelerator.is_main_process:
-            logger.info("the best model is that of step %d", self.best["step"])
+            kept = find_best(self.best_folder.parent) if self.best_folder else (None, None)
+            if kept[1] != self.best:
+                logger.warning("the best model, of step %d, could not be kept", self.best["step"])
+            self.best_folder, self.best = kept
+        self.best_folder, self.best = broadcast_object_list([self.best_folder, self.best])
+        if self.best:
+            self.load_weights(model, self.best_folder)
+        if self.accelerator.is_main_process:
+            logger.info("the model is that of step %d", self.best["step"] if self.best else self.last_step)
 
     def describe_state(self, step: int) -> dict[str, Any]:
         num_processes = self.accelerator.num_processes
         return {"step": step, "run": self.run, "best": self.best, "num_processes": num_processes}
 
     def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
-        """Hand over to the thread; its last error comes out here, or in `wait`."""
-        self.wait()
+        """Hand over to the thread; what becomes of it is said by `wait`."""
         path = Path(self.config.output_dir) / "metrics.jsonl"
         metrics = path.read_bytes() if path.exists() else b""
         self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
@@ -382,11 +401,14 @@ class Checkpointer:
             remove_checkpoint(path)
 
 
-def remove_checkpoint(folder: Path):
+def remove_checkpoint(folder: Path, suffix: str = ""):
     """By another name first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    folder.rename(unfinished)
-    shutil.rmtree(unfinished)
+    unfinished = folder.with_name(folder.name + suffix + UNFINISHED)
+    try:
+        folder.rename(unfinished)
+        shutil.rmtree(unfinished)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error.strerror)
 
 
 def copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:

@@ -107,10 +107,16 @@ class TrainingConfig(DataConfig):
             raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        if self.max_time is not None:
-            parse_duration(self.max_time)
+        if self.max_time is not None and parse_duration(self.max_time) == 0:
+            raise UserError("--max_time must be longer than no time")
+        if self.resume_from_checkpoint == "":
+            raise UserError("--resume_from_checkpoint is empty: latest, or a folder")
         if self.mixed_precision == "fp16":
             raise UserError(f"--mixed_precision fp16: {FP16_REFUSAL}")
+
+    @property
+    def needs_validation(self) -> bool:
+        return self.load_best_model_at_end or self.metric_for_best_model != "loss"
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def require_positive(config: DataConfig, name: str):
 
 def parse_duration(text: str) -> int:
     """Seconds of HH:MM:SS."""
-    if not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", text):
+    if not re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", text):
         raise UserError(f"--max_time must be HH:MM:SS, got {text!r}")
     hours, minutes, seconds = map(int, text.split(":"))
     return (hours * 60 + minutes) * 60 + seconds

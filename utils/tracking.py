@@ -1,5 +1,6 @@
 """What a run says while it goes on: the console, metrics.jsonl, run_manifest.json and a tracker."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -49,6 +50,10 @@ def check_output_dir(config: Any):
         if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
             ways = f"go on with --resume_from_checkpoint latest, {ways}"
         raise UserError(f"--output_dir {folder} holds a run already ({held[0].name}): {ways}")
+    checkpoint = getattr(config, "resume_from_checkpoint", None)
+    if checkpoint and checkpoint != "latest" and folder.resolve() in Path(checkpoint).absolute().parents:
+        if not is_in(Path(checkpoint), config.output_dir):
+            raise UserError(f"--resume_from_checkpoint {checkpoint}: checkpoints are in {folder / 'checkpoints'}")
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: cannot write to {parent}")
@@ -59,12 +64,13 @@ def goes_on(config: Any, held: list[Path]) -> bool:
     checkpoint = getattr(config, "resume_from_checkpoint", None)
     if checkpoint == "latest":
         # Stopped before its first checkpoint, it begins again: nothing is lost with it, unless there is a model.
-        return bool(find_checkpoints(config.output_dir)) or not any(path.name in CONFIG_FILES for path in held)
+        models = [path for path in held if path.name in (*CONFIG_FILES, "last_good_model")]
+        return bool(find_checkpoints(config.output_dir)) or not models
     return checkpoint is not None and is_in(Path(checkpoint), config.output_dir)
 
 
 def is_in(checkpoint: Path, output_dir: str) -> bool:
-    return checkpoint.resolve().parent.parent == Path(output_dir).resolve()
+    return checkpoint.absolute().parent.parent.resolve() == Path(output_dir).resolve()  # itself it may be a link
 
 
 def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:
@@ -134,11 +140,22 @@ def write_jsonl(path: Path, rows: list[dict]):
     unfinished.replace(path)
 
 
+def append_line(path: Path, line: str):
+    """Whole or not at all; a full disk is a warning, since training can go on."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        logger.warning("%s lacks a line: %s", path, error.strerror)
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+
+
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
     """Append one line to metrics.jsonl, and tell the tracker."""
     if accelerator.is_main_process:
-        with (Path(config.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        append_line(Path(config.output_dir) / "metrics.jsonl", json.dumps({"step": step, "split": split, **metrics}))
         logger.info("step %d %s loss %.4f", step, split, metrics["loss"])
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
