@@ -6,6 +6,7 @@ so that a checkpoint's interval is open. `tests/test_checkpointing.py ORDERS` is
 
 import ast
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -601,6 +602,62 @@ def test_the_best_is_exported(paths, tmp_path, monkeypatch, kind, stop_step):
     assert [name for name in exported if not exported[name].equal(best[name])] == []
     last = {name.replace(".default", ""): tensor for name, tensor in seen[4].items()}
     assert not all(exported[name].equal(last[name]) for name in exported)
+
+
+def test_a_best_that_cannot_be_written(paths, tmp_path, monkeypatch, caplog):
+    """The best one that is there is exported, instead of none."""
+    save_file, losses = checkpointing.save_file, {4: 5.0, 8: 4.0, 12: 6.0}
+
+    def fail_at_eight(tensors, path):
+        if "best_step_000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    values = iter([6.0, *losses.values()])
+    monkeypatch.setattr(checkpointing, "save_file", fail_at_eight)
+    monkeypatch.setattr(
+        training, "evaluate_loss", lambda *_: {"loss": next(values), "num_examples": 9, "num_target_tokens": 100}
+    )
+    assert train("full", paths, tmp_path / "out", load_best_model_at_end=True) == 0
+    assert "the best model, of step 8, could not be kept" in caplog.text
+    best = load_file(tmp_path / "out" / "checkpoints" / "best_step_000004" / "model.safetensors")
+    exported = load_file(tmp_path / "out" / WEIGHTS["full"])
+    assert [name for name in best if not exported[name].equal(best[name])] == []
+
+
+def test_the_best_needs_a_validation_set(paths, tmp_path):
+    with pytest.raises(UserError, match="--validation_file is missing"):
+        train("full", paths | {"validation_file": None}, tmp_path / "out", load_best_model_at_end=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_is_no_checkpoint(paths, copy_of_stopped):
+    best = find_checkpoints(copy_of_stopped, "best_step")[0]
+    with pytest.raises(UserError, match="its name is not that of a checkpoint"):
+        train("full", paths, copy_of_stopped, resume_from_checkpoint=str(best))
+
+
+def test_a_linked_checkpoint(paths, copy_of_stopped, never_stopped, tmp_path):
+    """On another disk, say: it is this run's, and nothing is cleared away."""
+    shutil.move(copy_of_stopped / "checkpoints" / "step_000008", tmp_path / "elsewhere")
+    (copy_of_stopped / "checkpoints" / "step_000008").symlink_to(tmp_path / "elsewhere")
+    assert resume("full", paths, copy_of_stopped) == 0
+    check_same("full", copy_of_stopped, never_stopped["full"])
+    verify_checkpoint(tmp_path / "elsewhere")
+
+
+def test_a_last_good_model_is_not_cleared_away(paths, tmp_path):
+    (tmp_path / "out" / "last_good_model").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run already"):
+        resume("full", paths, tmp_path / "out")
+
+
+def test_a_step_taken_again_replaces_its_checkpoint(paths, copy_of_stopped):
+    """With other steps between the log's lines, the record up to it is another."""
+    settings = {"logging_steps": 1, "resume_from_checkpoint": str(copy_of_stopped / "checkpoints" / "step_000005")}
+    assert stop_in_step(8, "full", paths, copy_of_stopped, **settings) == EXIT_STOPPED
+    record = read_jsonl(copy_of_stopped / "checkpoints" / "step_000008" / "metrics.jsonl")
+    assert [line["step"] for line in record if line["split"] == "train"] == [3, 6, 7, 8]
 
 
 def skip_all_but(steps: dict, log_validation):

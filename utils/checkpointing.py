@@ -233,7 +233,7 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             (Path(self.config.output_dir) / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
             for path in self.parent.glob(f"*{UNFINISHED}"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
         if self.folder is None:
             return Counter()
         if self.accelerator.is_main_process:
