@@ -625,6 +625,27 @@ def test_a_best_that_cannot_be_written(paths, tmp_path, monkeypatch, caplog):
     assert [name for name in best if not exported[name].equal(best[name])] == []
 
 
+def test_the_best_by_rouge(paths, tmp_path, monkeypatch):
+    """The highest, of summaries of all nine rows and their real references."""
+    scored, values = [], iter([0.1, 0.2, 0.4, 0.3])
+
+    def score_texts(predictions, references, use_stemmer):
+        scored.append((predictions, references))
+        return {"rougeL": [[next(values)] for _ in predictions[:1]]}
+
+    monkeypatch.setattr(training, "score_texts", score_texts)
+    assert train("full", paths, tmp_path / "out", metric_for_best_model="rougeL") == 0
+    lines = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "validation"]
+    assert [line["rougeL"] for line in lines] == [0.1, 0.2, 0.4, 0.3]
+    assert [path.name for path in find_checkpoints(tmp_path / "out", "best_step")] == ["best_step_000008"]
+    rows = read_jsonl(Path(paths["validation_file"]))
+    assert [reference for _, references in scored[:1] for reference in references] == [
+        [row["summary"]] for row in rows
+    ]
+    assert [len(predictions) for predictions, _ in scored] == [9] * 4
+    assert scored[0][0] != scored[3][0], "the summaries are of the model as it is then"
+
+
 def test_the_best_needs_a_validation_set(paths, tmp_path):
     with pytest.raises(UserError, match="--validation_file is missing"):
         train("full", paths | {"validation_file": None}, tmp_path / "out", load_best_model_at_end=True)

@@ -34,7 +34,7 @@ RUN_ELSEWHERE = {
 PARSED = {
     "accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 train_full.py",
     "sbatch slurm/train_lora.sbatch",
-    "sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 64 slurm/train_lora.sbatch --learning_rate 3e-4",
+    "sbatch --nodes 4 --gpus-per-node 8 slurm/train_lora.sbatch --learning_rate 3e-4",
     "sbatch slurm/evaluate_rouge.sbatch",
 }
 CONFIGS = {"train_full": TrainingConfig, "train_lora": LoraTrainingConfig, "evaluate_rouge": EvaluationConfig}
@@ -96,6 +96,6 @@ def test_commands_for_own_data(flan_t5, tmp_path):
 
 def test_settings_named_in_readme_exist():
     known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
-    launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "cpus-per-task"}
+    launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array"}
     named = set(re.findall(r"--([a-z][\w-]+)", (REPOSITORY / "README.md").read_text()))
     assert named <= known | launcher
