@@ -50,6 +50,7 @@ def main(config: EvaluationConfig):
     if accelerator.is_main_process:
         example = f"Row {example_index} of the {config.split} split\n\n{format_example(rows[example_index], shown)}"
         write_report(config, rows, dialogues, predictions, facts, example)
+    accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
     accelerator.end_training()
 
 

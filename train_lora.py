@@ -58,6 +58,7 @@ def main(config: LoraTrainingConfig):
     export_model(accelerator, model, tokenizer, config.output_dir)
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)
+    accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
     accelerator.end_training()
 
 

@@ -38,6 +38,7 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
     if accelerator.is_main_process:
         gradients = {name: p.grad for name, p in accelerator.unwrap_model(model).named_parameters()}
         torch.save({"num_processes": world, "gradients": gradients}, output)
+    accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
     accelerator.end_training()
 
 

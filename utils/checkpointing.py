@@ -341,6 +341,7 @@ class Checkpointer:
             raise UserError(f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}")
         if self.accelerator.is_main_process:
             logger.info("stopped after step %d; go on with --resume_from_checkpoint latest", self.last_step)
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         sys.exit(EXIT_STOPPED)
 
