@@ -237,7 +237,11 @@ class Checkpointer:
         if self.folder is None:
             return Counter()
         if self.accelerator.is_main_process:
-            self.remove_older(self.last_step)  # which a kill may have prevented
+            # Which a kill may have prevented.
+            self.remove_older(self.last_step)
+            for path in find_checkpoints(self.config.output_dir, "best_step") if self.best_folder else ():
+                if path.name != self.best_folder.name:
+                    remove_checkpoint(path)
         if not self.folder.is_dir():  # the main process has verified it
             raise UserError(f"{self.folder} cannot be seen by every process: --output_dir must be on a shared disk")
         self.load_weights(model, self.folder)
