@@ -17,11 +17,12 @@ from accelerate import Accelerator, PartialState
 from demo.facts import random_training_summaries, score_facts
 from utils.config import EvaluationConfig, UserError
 from utils.data import fingerprint, group_by_dialogue, load_predictions, load_rows, read_file
+from utils.files import write_json, write_jsonl
 from utils.generation import summarize_with_models
 from utils.launching import run_script
 from utils.report import format_example, format_facts, format_scores
 from utils.rouge import compare_models
-from utils.tracking import check_output_dir, clear_output_dir, describe_software, write_json, write_jsonl
+from utils.tracking import check_output_dir, clear_output_dir, describe_software
 
 
 def main(config: EvaluationConfig):

@@ -16,6 +16,7 @@ from utils.launching import run_script, start_accelerator
 from utils.modeling import add_lora, count_parameters, export_model, load_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
 from utils.report import plot_loss_curve
+from utils.strategies import is_sharded
 from utils.tracking import check_output_dir, start_run
 from utils.training import train
 
@@ -27,8 +28,8 @@ def main(config: LoraTrainingConfig):
     accelerator = start_accelerator(config)
 
     tokenizer = load_tokenizer(config.model_name_or_path)
-    # The frozen base needs no small updates, so half the bytes do; the adapter on it is fp32.
-    base_dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    # The frozen base needs no small updates, so half the bytes do, except where it is sharded with the fp32 adapter.
+    base_dtype = torch.bfloat16 if config.mixed_precision == "bf16" and not is_sharded(accelerator) else torch.float32
     model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -93,10 +93,13 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, **environment: str):
     """Run a script and its arguments in a process of its own, or in several on gloo; returns the finished process."""
     launcher = [sys.executable]
-    if num_processes > 1:  # `accelerate launch --cpu --num_processes 2` runs one, and says nothing
+    if num_processes > 1:  # `accelerate launch --cpu --num_processes 2` runs one
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    settings = {"ACCELERATE_USE_CPU": "true"} | environment
-    command = [*launcher, *map(str, words)]
+    return run_command(*launcher, *words, timeout=timeout, **({"ACCELERATE_USE_CPU": "true"} | environment))
+
+
+def run_command(*words: str | Path, timeout: int = 300, **environment: str):
+    command = list(map(str, words))
     return subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | settings, capture_output=True, text=True, timeout=timeout
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import REPOSITORY, make_rows, read_jsonl, write_flan_t5, write_rows
 from safetensors.torch import load_file
 
-from utils.checkpointing import find_checkpoints, verify_checkpoint
+from utils.checkpoint_files import find_checkpoints, verify_checkpoint
 
 # The most calls of each function that a run of ten updates with a checkpoint every two makes, or nearly.
 NUM_CALLS = {

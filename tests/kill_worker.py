@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_full  # noqa: F401  what the children run, imported ahead
 import train_lora  # noqa: F401
-from utils import checkpointing
+from utils import checkpoint_files
 
 # Where each function of the writer lives. The replace and write_text of others, the export's too, are hit with these.
 POINTS = {
@@ -32,7 +32,7 @@ POINTS = {
     "Path.write_bytes": (Path, "write_bytes"),
     "Path.write_text": (Path, "write_text"),
     "rmtree": (shutil, "rmtree"),
-    "save_file": (checkpointing, "save_file"),
+    "save_file": (checkpoint_files, "save_file"),
 }
 
 

@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 
 import train_full
 import train_lora
-from utils import checkpointing, stopping, training
-from utils.checkpointing import CheckpointError, choose_checkpoint, find_checkpoints, verify_checkpoint
+from utils import checkpoint_files, checkpointing, stopping, training
+from utils.checkpoint_files import CheckpointError, choose_checkpoint, find_checkpoints, verify_checkpoint
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.stopping import EXIT_STOPPED, StopRequest
 
@@ -540,7 +540,7 @@ def test_rotation(paths, tmp_path, monkeypatch, limit):
 
     def look_and_remove(folder):
         kept.append([path.name for path in find_checkpoints(tmp_path / "out")])
-        assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] > checkpointing.step_of(folder)
+        assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] > checkpoint_files.step_of(folder)
         remove_checkpoint(folder)
 
     monkeypatch.setattr(checkpointing, "remove_checkpoint", look_and_remove)
@@ -562,14 +562,14 @@ def test_a_kill_before_the_last_rotation(paths, copy_of_stopped, never_stopped):
 
 def test_the_only_good_one_is_kept(paths, tmp_path, monkeypatch):
     """With a limit of 1, and no later one that can be written."""
-    save_file = checkpointing.save_file
+    save_file = checkpoint_files.save_file
 
     def fail_after_the_first(tensors, path):
         if "step_000002" not in str(path):
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpointing, "save_file", fail_after_the_first)
+    monkeypatch.setattr(checkpoint_files, "save_file", fail_after_the_first)
     assert train("full", paths, tmp_path / "out", checkpoints_total_limit=1, checkpointing_steps=2) == 0
     assert os.listdir(tmp_path / "out" / "checkpoints") == ["step_000002"]
     verify_checkpoint(find_checkpoints(tmp_path / "out")[0])
@@ -606,7 +606,7 @@ def test_the_best_is_exported(paths, tmp_path, monkeypatch, kind, stop_step):
 
 def test_a_best_that_cannot_be_written(paths, tmp_path, monkeypatch, caplog):
     """The best one that is there is exported, instead of none."""
-    save_file, losses = checkpointing.save_file, {4: 5.0, 8: 4.0, 12: 6.0}
+    save_file, losses = checkpoint_files.save_file, {4: 5.0, 8: 4.0, 12: 6.0}
 
     def fail_at_eight(tensors, path):
         if "best_step_000008" in str(path):
@@ -614,7 +614,7 @@ def test_a_best_that_cannot_be_written(paths, tmp_path, monkeypatch, caplog):
         save_file(tensors, path)
 
     values = iter([6.0, *losses.values()])
-    monkeypatch.setattr(checkpointing, "save_file", fail_at_eight)
+    monkeypatch.setattr(checkpoint_files, "save_file", fail_at_eight)
     monkeypatch.setattr(
         training, "evaluate_loss", lambda *_: {"loss": next(values), "num_examples": 9, "num_target_tokens": 100}
     )
@@ -694,7 +694,7 @@ def test_the_best_is_that_of_the_lowest_loss(never_stopped):
     for folder in never_stopped.values():
         losses = {step: loss for step, split, loss, _ in read_record(folder) if split == "validation" and step}
         [best] = find_checkpoints(folder, "best_step")
-        assert checkpointing.step_of(best) == min(losses, key=losses.get)
+        assert checkpoint_files.step_of(best) == min(losses, key=losses.get)
         verify_checkpoint(best)
         assert not (best / "optimizer.safetensors").exists()
 
@@ -741,7 +741,7 @@ def test_a_full_disk(paths, never_stopped, small_disk, caplog):
     assert train("full", paths, output_dir) == 0
     check_same("full", output_dir, never_stopped["full"])
     assert "a checkpoint could not be written: " in caplog.text
-    assert "No space left on device (os error 28); the newest checkpoint is step_000005" in caplog.text
+    assert "No space left on device; the newest checkpoint is step_000005" in caplog.text
     assert sorted(os.listdir(output_dir / "checkpoints")) == ["best_step_000012", "step_000005"]
     for kind in ("step", "best_step"):
         verify_checkpoint(find_checkpoints(output_dir, kind)[0])
@@ -772,7 +772,7 @@ def test_a_file_too_large(paths, never_stopped, tmp_path, largest_file, caplog):
     largest_file(400_000)
     assert train("full", paths, tmp_path / "out") == 0
     check_same("full", tmp_path / "out", never_stopped["full"])
-    assert caplog.text.count("File too large (os error 27); the newest checkpoint is none") == 3
+    assert caplog.text.count("File too large; the newest checkpoint is none") == 3
     assert os.listdir(tmp_path / "out" / "checkpoints") == ["best_step_000012"]
 
 
@@ -789,7 +789,7 @@ def test_a_mistake_in_the_writer_is_seen(paths, tmp_path, monkeypatch, error):
     def fail(tensors, path):
         raise error
 
-    monkeypatch.setattr(checkpointing, "save_file", fail)
+    monkeypatch.setattr(checkpoint_files, "save_file", fail)
     with pytest.raises(type(error), match="what now"):
         train("full", paths, tmp_path / "out")
 

@@ -1,11 +1,4 @@
-"""Checkpoints that are there whole or not at all, and a resume that knows whose they are.
-
-    checkpoints/step_000010/       model.safetensors       what is trained: all weights, or the adapter alone
-                                   optimizer.safetensors   AdamW's moments, PARAMETER.exp_avg and so on
-                                   state.json              the step, the schedule, the open interval, whose run it is
-                                   metrics.jsonl           the record up to this step
-                                   manifest.json           size and SHA-256 of each file
-    checkpoints/best_step_000010/  the same without the optimizer, for the best validation so far
+"""Save a run and go on with it. The folders are those of checkpoint_files.py.
 
 A checkpoint is taken before the evaluation of its step, which a resumed run repeats. Randomness needs no state: it is
 reseeded in each step.
@@ -13,14 +6,12 @@ reseeded in each step.
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
-import re
 import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,14 +19,24 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from utils.checkpoint_files import (
+    UNFINISHED,
+    choose_checkpoint,
+    find_best,
+    find_checkpoint,
+    find_checkpoints,
+    remove_checkpoint,
+    step_of,
+    write_checkpoint,
+)
 from utils.config import TrainingConfig, UserError
+from utils.files import write_file
 from utils.stopping import EXIT_STOPPED, StopRequest
+from utils.strategies import gather_moments, gather_tensor, name_strategy, set_moments, set_parameter
 
 logger = logging.getLogger(__name__)
-UNFINISHED = ".unfinished"
 SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # of an open interval; of the others, the main one's count
 # Settings that make a run what it is; with others it would not go on but be another one.
 IDENTITY_SETTINGS = (
@@ -43,10 +44,6 @@ IDENTITY_SETTINGS = (
     "max_grad_norm", "max_source_length", "max_target_length", "mixed_precision", "metric_for_best_model",
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
 )  # fmt: skip
-
-
-class CheckpointError(Exception):
-    """A checkpoint is not what was written; the text says which file and why."""
 
 
 def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, Any]:
@@ -60,137 +57,10 @@ def fingerprint_model(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
-            bits = parameter.detach().contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+            parameter = gather_tensor(parameter)
+            bits = parameter.contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
             digest.update(f"{name} {tuple(parameter.shape)} {bits.sum(dtype=torch.int64).item()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("_")[2])
-
-
-def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
-    """Finished checkpoints, the newest first. `kind` is step or best_step."""
-    folder = Path(output_dir) / "checkpoints"
-    found = [path for path in folder.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def find_checkpoint(output_dir: str | Path, step: int) -> bool:
-    return any(step_of(path) == step for path in find_checkpoints(output_dir))
-
-
-def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, metrics: bytes):
-    """Write `folder` whole or not at all: beside it, flushed to disk, then renamed."""
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        for name, of_file in tensors.items():
-            write_tensors(unfinished / f"{name}.safetensors", of_file)
-        (unfinished / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        (unfinished / "metrics.jsonl").write_bytes(metrics)
-        files = {path.name: describe_file(path) for path in sorted(unfinished.iterdir())}
-        manifest = {"files": files, "sha256": hash_json(files)}
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*unfinished.iterdir(), unfinished):
-            flush_to_disk(path)
-        if folder.exists():  # the run has gone on from before it, or it is damaged
-            remove_checkpoint(folder, ".replaced")
-        unfinished.rename(folder)
-        for path in (folder.parent, folder.parent.parent):
-            flush_to_disk(path)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        if "I/O error" not in str(error):
-            raise
-        raise OSError(f"{path.name}: {error}") from error  # a full disk, which safetensors does not raise as one
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def flush_to_disk(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint's state. CheckpointError unless every file is, byte for byte, what was written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        if manifest["sha256"] != hash_json(manifest["files"]):
-            raise CheckpointError(f"{folder}: manifest.json was changed")
-        for name, expected in manifest["files"].items():
-            if (size := (folder / name).stat().st_size) != expected["size"]:
-                raise CheckpointError(f"{folder}: {name} has {size} bytes of {expected['size']}")
-            if describe_file(folder / name) != expected:
-                raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
-        return json.loads((folder / "state.json").read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: {Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: manifest.json cannot be read ({type(error).__name__})") from error
-
-
-def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that `--resume_from_checkpoint` means, and its state; None for `latest` where there is none yet.
-    UserError if it is damaged or of another run."""
-    if config.resume_from_checkpoint != "latest":
-        candidates = [Path(config.resume_from_checkpoint)]
-        if not os.path.isdir(candidates[0]):
-            raise UserError(f"--resume_from_checkpoint {candidates[0]}: no such folder")
-        if not re.fullmatch(r"step_\d+", candidates[0].name):
-            raise UserError(
-                f"--resume_from_checkpoint {candidates[0]}: its name is not that of a checkpoint, step_..."
-            )
-    else:
-        candidates = find_checkpoints(config.output_dir)
-        if not candidates:
-            return None
-    damage = []
-    for folder in candidates:
-        try:
-            state = verify_checkpoint(folder)
-        except CheckpointError as error:
-            damage.append(str(error))
-            continue
-        for text in damage:
-            logger.warning("%s: going on from %s", text, folder.name)
-        for name in dict.fromkeys([*run, *state["run"]]):
-            if (here := run.get(name)) != (there := state["run"].get(name)):
-                raise UserError(
-                    f"--resume_from_checkpoint {folder}: it is of another run: {name} was {there} and is {here}"
-                )
-        return folder, state
-    raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
-
-
-def find_best(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """The best model that lies, undamaged, in a folder of checkpoints, and {"step": , "value": } of it."""
-    found = []
-    for path in find_checkpoints(folder.parent, "best_step"):
-        try:
-            found.append((path, verify_checkpoint(path)["best"]))
-        except CheckpointError as error:
-            logger.warning("%s", error)
-    return min(found, key=lambda pair: pair[1]["value"], default=(None, None))
 
 
 class Checkpointer:
@@ -245,26 +115,20 @@ class Checkpointer:
         if not self.folder.is_dir():  # the main process has verified it
             raise UserError(f"{self.folder} cannot be seen by every process: --output_dir must be on a shared disk")
         self.load_weights(model, self.folder)
-        moments = load_file(self.folder / "optimizer.safetensors")
-        for name, parameter in trainable_parameters(self.accelerator, model).items():
-            of_parameter = {key: moments[f"{name}.{key}"] for key in self.state["optimizer_keys"]}
-            # Fused AdamW wants its step counter beside the weights.
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in of_parameter.items()}
+        parameters = trainable_parameters(self.accelerator, model)
+        set_moments(self.accelerator, optimizer, parameters, load_file(self.folder / "optimizer.safetensors"))
         lr_scheduler.load_state_dict(self.state["lr_scheduler"])
         for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
         interval = self.restore_interval()
         if self.accelerator.is_main_process:
-            metrics = Path(self.config.output_dir) / "metrics.jsonl"
-            unfinished = metrics.with_name(metrics.name + ".part")
-            unfinished.write_bytes((self.folder / "metrics.jsonl").read_bytes())
-            unfinished.replace(metrics)
+            metrics = (self.folder / "metrics.jsonl").read_bytes()
+            write_file(Path(self.config.output_dir) / "metrics.jsonl", metrics)
             logger.info("going on from %s", self.folder)
-            if self.state["num_processes"] != self.accelerator.num_processes:
-                logger.info(
-                    "it was written by %d processes, here are %d: the same training to rounding, not to the bit",
-                    self.state["num_processes"], self.accelerator.num_processes,
-                )  # fmt: skip
+            for name, here in self.describe_processes().items():
+                if self.state[name] != here:
+                    text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
+                    logger.info(text, name, self.state[name], here)
         self.accelerator.wait_for_everyone()
         return interval
 
@@ -279,11 +143,10 @@ class Checkpointer:
                 interval[name] = sum(of_each) if index == 0 else 0.0
         return interval
 
-    @torch.no_grad()
     def load_weights(self, model: torch.nn.Module, folder: Path):
         weights = load_file(folder / "model.safetensors")
         for name, parameter in trainable_parameters(self.accelerator, model).items():
-            parameter.copy_(weights[name])
+            set_parameter(parameter, weights[name])
 
     def save(
         self,
@@ -303,22 +166,19 @@ class Checkpointer:
             for name, of_each in zip(SUMS_OF_A_PROCESS, self.accelerator.gather(parts[None]).T.tolist(), strict=True):
                 sums[name] = of_each
         self.last_step = step
-        if not self.accelerator.is_main_process:
-            return
         self.wait()  # before there is a second copy in memory
         parameters = trainable_parameters(self.accelerator, model)
-        moments = {
-            f"{name}.{key}": copy_to_cpu(value)
-            for name, parameter in parameters.items()
-            for key, value in optimizer.state[parameter].items()
+        tensors = {
+            "model": self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items()),
+            "optimizer": self.copy(gather_moments(self.accelerator, optimizer, parameters)),
         }
+        if not self.accelerator.is_main_process:
+            return
         state = self.describe_state(step) | {
-            "optimizer_keys": list(next(iter(optimizer.state.values()))),
             "lr_scheduler": lr_scheduler.state_dict(),
             "interval": sums,
             "per_device_train_batch_size": batch_size,
         }
-        tensors = {"model": {name: copy_to_cpu(p) for name, p in parameters.items()}, "optimizer": moments}
         self.write(self.parent / f"step_{step:06d}", tensors, state)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
@@ -327,11 +187,11 @@ class Checkpointer:
         if self.best and self.best["value"] <= value:
             return
         self.best, self.best_folder = {"step": step, "value": value}, self.parent / f"best_step_{step:06d}"
+        self.wait()
+        parameters = trainable_parameters(self.accelerator, model)
+        copies = self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items())
         if self.accelerator.is_main_process:
-            self.wait()
-            parameters = trainable_parameters(self.accelerator, model)
-            tensors = {"model": {name: copy_to_cpu(parameter) for name, parameter in parameters.items()}}
-            self.write(self.best_folder, tensors, self.describe_state(step))
+            self.write(self.best_folder, {"model": copies}, self.describe_state(step))
 
     def stop(self, request: StopRequest) -> NoReturn:
         """Leave the run to be gone on with: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
@@ -366,9 +226,20 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             logger.info("the model is that of step %d", self.best["step"] if self.best else self.last_step)
 
+    def copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """On the main process copies of `tensors`, for each of which all processes may have to come together."""
+        return {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors
+            if self.accelerator.is_main_process
+        }
+
     def describe_state(self, step: int) -> dict[str, Any]:
-        num_processes = self.accelerator.num_processes
-        return {"step": step, "run": self.run, "best": self.best, "num_processes": num_processes}
+        return {"step": step, "run": self.run, "best": self.best, **self.describe_processes()}
+
+    def describe_processes(self) -> dict[str, Any]:
+        """With others, a run goes on to rounding and not to the bit."""
+        return {"num_processes": self.accelerator.num_processes, "strategy": name_strategy(self.accelerator)}
 
     def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
         """Hand over to the thread; what becomes of it is said by `wait`."""
@@ -404,20 +275,6 @@ class Checkpointer:
         older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < step]
         for path in older[self.config.checkpoints_total_limit - 1 :]:
             remove_checkpoint(path)
-
-
-def remove_checkpoint(folder: Path, suffix: str = ""):
-    """By another name first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
-    unfinished = folder.with_name(folder.name + suffix + UNFINISHED)
-    try:
-        folder.rename(unfinished)
-        shutil.rmtree(unfinished)
-    except OSError as error:
-        logger.warning("%s could not be removed: %s", folder, error.strerror)
-
-
-def copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def trainable_parameters(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

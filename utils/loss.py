@@ -1,6 +1,5 @@
 """From planned micro-batches to losses and gradients that do not depend on how the examples were cut."""
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from accelerate.utils import gather_object
 from utils.batching import collate, measure_lengths, plan_pass
 from utils.config import TrainingConfig
 from utils.stopping import StopRequest
+from utils.strategies import accumulate, backward
 
 NUM_BATCHES_AHEAD = 32
 
@@ -113,7 +113,7 @@ def compute_gradient(
     recover: bool = False,
 ) -> list[torch.Tensor]:
     """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
-    process has equally many; gradients are synchronised once, with the last.
+    process has equally many; whole gradients are synchronised once, with the last.
 
     With `recover`, a micro-batch that does not fit raises torch.OutOfMemoryError on every process: they agree on it
     before they synchronise, which then does not overlap with the last backward pass.
@@ -126,10 +126,10 @@ def compute_gradient(
     try:
         for turn, batch in enumerate(micro_batches, start=1):
             last = turn == len(micro_batches)
-            with contextlib.nullcontext() if last and not synchronise_after else accelerator.no_sync(model):
+            with accumulate(accelerator, model, last and not synchronise_after):
                 loss_sum = sum_target_losses(accelerator, model, batch)
-                # DDP averages gradients over the processes; the sum is what makes them those of one large batch.
-                accelerator.backward(loss_sum * (accelerator.num_processes / num_target_tokens))
+                # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
+                backward(accelerator, model, loss_sum * (accelerator.num_processes / num_target_tokens))
             loss_sums.append(loss_sum.detach())
     except torch.OutOfMemoryError as out_of_memory:
         if not synchronise_after:

@@ -1,5 +1,6 @@
 """Load a model and its tokenizer, add LoRA, count parameters, export what was trained."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -7,10 +8,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
 
 from utils.config import LoraTrainingConfig, UserError
+from utils.files import raise_disk_errors
 from utils.hub import explain_hub_errors
+from utils.strategies import gather_tensor, whole_models, whole_shape
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer*", "spiece.model")
@@ -55,7 +61,28 @@ def load_model(
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
+        if is_deepspeed_zero3_enabled():
+            untie_head(model, name_or_path, setting)
+    share_embedding_module(model)
     return keep_untied_head(model)
+
+
+def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):
+    """Give the head its own weights back: transformers cannot see under ZeRO-3 that they are not the embedding's, and
+    has tied the two."""
+    name = "lm_head.weight"
+    try:
+        index = json.loads(Path(cached_file(name_or_path, "model.safetensors.index.json")).read_bytes())["weight_map"]
+    except OSError:
+        index = {name: "model.safetensors"}
+    try:
+        with safe_open(cached_file(name_or_path, index.get(name, "model.safetensors")), framework="pt") as weights:
+            own = weights.get_tensor(name) if name in weights.keys() else None  # noqa: SIM118  it is no dictionary
+    except OSError as error:
+        raise UserError(f"--{setting} {name_or_path}: ZeRO-3 needs its weights as model.safetensors") from error
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if own is not None and not gather_tensor(embedding.weight).equal(own):
+        head.weight = torch.nn.Parameter(own.to(model.dtype))
 
 
 def check_folder(name_or_path: str, setting: str, advice: str = ""):
@@ -77,6 +104,16 @@ def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def share_embedding_module(model: PreTrainedModel):
+    """T5's encoder and decoder have modules of their own around one embedding matrix, of which FSDP2 would shard the
+    first and miss the others."""
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Embedding) and child.weight is embedding.weight:
+                setattr(module, name, embedding)
+
+
 def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
     """The model with its weights frozen and a trainable fp32 adapter beside each target module."""
     if (Path(config.model_name_or_path) / "adapter_config.json").is_file():
@@ -95,6 +132,7 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
     )
+    torch.manual_seed(config.seed)  # the adapter's first weights are random, and the same on each process
     try:
         return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
     except ValueError as error:
@@ -103,8 +141,8 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, a shared one counted once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
 
 
 def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
@@ -119,33 +157,54 @@ def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]
     head = model.get_output_embeddings().weight
     flops = {True: 0, False: 0}
     for parameter in model.parameters():
-        if parameter.ndim == 2 and (parameter is not embedding or parameter is head):
+        shape = whole_shape(parameter)
+        if len(shape) == 2 and (parameter is not embedding or parameter is head):
             is_source = parameter in encoder and parameter is not head
-            flops[is_source] += (6 if parameter.requires_grad else 4) * parameter.numel()
+            flops[is_source] += (6 if parameter.requires_grad else 4) * shape.numel()
     return flops[True], flops[False]
 
 
 def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
     """Write the full model, or the adapter alone, and the tokenizer into `folder`, whole or not at all: they are first
     written beside, loaded as anybody would load them and compared with what was trained."""
-    state_dict = accelerator.get_state_dict(model)  # a collective: every process calls it
+    model = accelerator.unwrap_model(model)
+    state_dict = gather_state_dict(accelerator, model)
     if not accelerator.is_main_process:
         return
-    model = accelerator.unwrap_model(model)
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
     folder = Path(folder)
     unchecked = folder / "export.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
-    model.save_pretrained(unchecked, state_dict=state_dict)
-    tokenizer.save_pretrained(unchecked)
+    try:
+        with raise_disk_errors(unchecked):
+            model.save_pretrained(unchecked, state_dict=state_dict)
+        tokenizer.save_pretrained(unchecked)
+    except OSError as error:
+        shutil.rmtree(unchecked, ignore_errors=True)
+        raise UserError(
+            f"--output_dir {folder}: the model could not be written: {error.strerror}; when it can, export it with "
+            "--resume_from_checkpoint latest"
+        ) from error
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    compare_with_folder(state_dict, unchecked)
+    with whole_models(accelerator):
+        compare_with_folder(state_dict, unchecked)
     # The config last: a folder without it does not pass for a finished model.
     for path in sorted(unchecked.iterdir(), key=lambda path: path.name in CONFIG_FILES):
         path.replace(folder / path.name)
     unchecked.rmdir()
     logger.info("saved %s, reloaded and found equal to what was trained", folder)
+
+
+def gather_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict on the main process; every process must call it. Tensors that are one stay one."""
+    gathered, state_dict = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            whole = gather_tensor(tensor)
+            gathered[id(tensor)] = whole.cpu() if accelerator.is_main_process else None
+        state_dict[name] = gathered[id(tensor)]
+    return state_dict
 
 
 def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
@@ -154,5 +213,5 @@ def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
     for name, tensor in state_dict.items():
         name = name.removeprefix("base_model.model.")  # PEFT's wrapper
         # A frozen base may be kept in bf16 while its checkpoint is fp32.
-        if name not in saved or not torch.equal(saved[name].to(tensor.dtype), tensor.cpu()):
+        if name not in saved or not torch.equal(saved[name].to(tensor.dtype), tensor):
             raise RuntimeError(f"{folder} does not load as it was trained: {name} differs")

@@ -7,6 +7,7 @@ from transformers import get_scheduler
 
 from utils.batching import num_steps_per_epoch
 from utils.config import TrainingConfig
+from utils.strategies import whole_shape
 
 
 def num_train_steps(config: TrainingConfig, num_examples: int) -> int:
@@ -18,8 +19,8 @@ def num_train_steps(config: TrainingConfig, num_examples: int) -> int:
 def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW over what is trainable, with weight decay on matrices alone, not on the layer norms' scales."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay}
-    vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
+    matrices = {"params": [p for p in trainable if len(whole_shape(p)) >= 2], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for p in trainable if len(whole_shape(p)) < 2], "weight_decay": 0.0}
     groups = [group for group in (matrices, vectors) if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 

@@ -1,6 +1,5 @@
 """What a run says while it goes on: the console, metrics.jsonl, run_manifest.json and a tracker."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from utils.checkpointing import find_checkpoints
+from utils.checkpoint_files import find_checkpoints
 from utils.config import REPOSITORY, TrainingConfig, UserError
+from utils.files import append_line, write_json
 from utils.modeling import CONFIG_FILES
+from utils.strategies import name_strategy
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")
@@ -100,7 +101,7 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
         manifest = {
             **facts,
             "num_processes": accelerator.num_processes,
-            "strategy": accelerator.distributed_type.value,
+            "strategy": name_strategy(accelerator),
             "device": accelerator.device.type,
             "settings": settings,
             **describe_software(),
@@ -124,32 +125,6 @@ def describe_software() -> dict[str, Any]:
         "python_version": platform.python_version(),
         "git_commit": commit,
     }
-
-
-def write_json(path: Path, value: Any):
-    """Write the whole file or leave what was there."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def write_jsonl(path: Path, rows: list[dict]):
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished.replace(path)
-
-
-def append_line(path: Path, line: str):
-    """Whole or not at all; a full disk is a warning, since training can go on."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        logger.warning("%s lacks a line: %s", path, error.strerror)
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):

@@ -26,6 +26,7 @@ from utils.modeling import count_flops_per_token, export_model
 from utils.optimization import num_train_steps
 from utils.rouge import score_texts
 from utils.stopping import StopRequest
+from utils.strategies import update
 from utils.tracking import log_metrics, measure_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -88,16 +89,13 @@ def train(
             )
         else:
             loss_sums = compute_gradient(accelerator, model, micro_batches, num_target_tokens)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        # The only wait for the device in an update: what it costs a batch of 256, a ruined model does not.
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        grad_norm = update(accelerator, model, optimizer, config.max_grad_norm)
         if not math.isfinite(grad_norm):
             ids = find_bad_examples(train_data, [batch["indices"] for batch in micro_batches], loss_sums)
             what = f"the loss is not finite in micro-batches of {', '.join(ids)}" if ids else "the gradient overflows"
             stop_and_keep(accelerator, model, tokenizer, config, step - 1, f"step {step}: {what}")
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        optimizer.step()
         lr_scheduler.step()
-        optimizer.zero_grad()
         interval.update(
             loss_sum=sum(loss_sums),
             num_examples=len(examples),
@@ -127,7 +125,7 @@ def train(
 
 
 def summarize_interval(
-    accelerator: Accelerator, interval: Counter, learning_rate: float, grad_norm: torch.Tensor
+    accelerator: Accelerator, interval: Counter, learning_rate: float, grad_norm: float
 ) -> dict[str, float]:
     """What metrics.jsonl says of the updates since the last train line; its loss is the mean over their target tokens,
     learning_rate and grad_norm (before clipping) are the last update's."""
@@ -136,7 +134,7 @@ def summarize_interval(
     return {
         "loss": loss_sum / interval["num_target_tokens"],
         "learning_rate": learning_rate,
-        "grad_norm": float(grad_norm),
+        "grad_norm": grad_norm,
         "num_examples": interval["num_examples"],
         "num_target_tokens": interval["num_target_tokens"],
         "samples_per_second": interval["num_examples"] / interval["seconds"],

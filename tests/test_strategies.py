@@ -1,0 +1,222 @@
+"""One training under every strategy: each of accelerate_configs/ on two CPU processes against a plain PyTorch loop."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import (
+    REPOSITORY,
+    make_rows,
+    read_jsonl,
+    relative_difference,
+    run_command,
+    run_script,
+    write_flan_t5,
+    write_rows,
+)  # fmt: skip
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from utils.batching import select_examples
+from utils.prompting import build_prompt
+
+NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 12, 1e-3
+NAMES = {
+    "one process": "NO",
+    "ddp": "MULTI_CPU",
+    "deepspeed_zero1": "DEEPSPEED_ZERO1",
+    "deepspeed_zero2": "DEEPSPEED_ZERO2",
+    "deepspeed_zero3": "DEEPSPEED_ZERO3",
+    "deepspeed_zero3_offload": "DEEPSPEED_ZERO3",
+    "fsdp2": "FSDP",
+}
+STRATEGIES = tuple(NAMES)[1:]
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "model": write_flan_t5(folder / "model", dropout_rate=0.0),
+        "train": write_rows(folder / "train.jsonl", make_rows(48)),
+        "validation": write_rows(folder / "validation.jsonl", make_rows(7, seed=1)),
+    }
+
+
+def words(kind: str, inputs: dict[str, Path], output_dir: Path, *more: str) -> list:
+    lora = ["--lora_dropout", "0"] if kind == "lora" else []
+    return [
+        f"train_{kind}.py", "--model_name_or_path", inputs["model"], "--train_file", inputs["train"],
+        "--validation_file", inputs["validation"], "--total_train_batch_size", BATCH_SIZE, "--logging_steps", 1,
+        "--per_device_train_batch_size", 2, "--learning_rate", LEARNING_RATE, "--mixed_precision", "no",
+        "--eval_steps", 2, "--checkpointing_steps", 2, "--output_dir", output_dir, *lora, *more,
+    ]  # fmt: skip
+
+
+def launch(strategy: str, *script: str | Path):
+    """As users do, on two processes of this machine's CPU."""
+    if strategy == "one process":
+        return run_script(*script)
+    if strategy == "ddp":
+        return run_script(*script, num_processes=2)
+    if strategy == "fsdp2":
+        fsdp = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+        settings = {name.upper(): str(value) for name, value in fsdp.items()}
+        return run_script(
+            "tests/fsdp_on_cpu.py", *script, num_processes=2, ACCELERATE_USE_FSDP="true", **settings
+        )  # accelerate launch would start it for a GPU
+    config = f"accelerate_configs/{strategy}.yaml"
+    command = ("accelerate", "launch", "--config_file", config, "--num_processes", 2, "--main_process_port", 0)
+    return run_command(*command, *script, DS_ACCELERATOR="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(inputs) -> dict[str, dict]:
+    """Of each kind the losses, the gradients' norms and the weights after four updates, each of one padded batch, with
+    transformers' own loss."""
+    rows, tokenizer = make_rows(48), AutoTokenizer.from_pretrained(inputs["model"])
+    found = {}
+    for kind in WEIGHTS:
+        model = AutoModelForSeq2SeqLM.from_pretrained(inputs["model"])
+        if kind == "lora":
+            torch.manual_seed(42)
+            adapter = LoraConfig(task_type="SEQ_2_SEQ_LM", r=32, lora_alpha=32, target_modules=["q", "v"])
+            model = get_peft_model(model, adapter)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name.replace(".default", ""): p.detach().clone() for name, p in trainable.items()}
+        groups = [{"params": [p], "weight_decay": 0.01 if p.ndim >= 2 else 0} for p in trainable.values()]
+        optimizer = torch.optim.AdamW(groups)
+        losses, norms = [], []
+        for step in range(NUM_STEPS):
+            batch = [rows[index] for index in select_examples(len(rows), BATCH_SIZE, 42, step)]
+            prompts = tokenizer([build_prompt(row["dialogue"]) for row in batch], padding=True, return_tensors="pt")
+            labels = tokenizer([row["summary"] for row in batch], padding=True, return_tensors="pt").input_ids
+            labels[labels == tokenizer.pad_token_id] = -100
+            loss = model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, labels=labels).loss
+            loss.backward()
+            losses.append(float(loss))
+            norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)))
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * (1 - step / NUM_STEPS)
+            optimizer.step()
+            optimizer.zero_grad()
+        after = {name.replace(".default", ""): p.detach() for name, p in trainable.items()}
+        found[kind] = {"losses": losses, "norms": norms, "before": before, "after": after}
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """A function that returns the output folder of a finished run, once for each strategy and kind."""
+    done = {}
+
+    def run(strategy: str, kind: str) -> Path:
+        if (strategy, kind) not in done:
+            output_dir = tmp_path_factory.mktemp("run") / "out"
+            finished = launch(strategy, *words(kind, inputs, output_dir))
+            assert finished.returncode == 0, finished.stderr
+            done[strategy, kind] = output_dir
+        return done[strategy, kind]
+
+    return run
+
+
+def read_losses(output_dir: Path) -> tuple[list[float], list[float]]:
+    lines = [line for line in read_jsonl(output_dir / "metrics.jsonl") if line["split"] == "train"]
+    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+
+
+def without_times(output_dir: Path) -> list[dict]:
+    measured = ("samples_per_second", "target_tokens_per_second", "model_flops_per_second", "data_wait_share",
+                "peak_memory_mib")  # fmt: skip
+    return [
+        {key: value for key, value in line.items() if key not in measured}
+        for line in read_jsonl(output_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("strategy", NAMES)
+def test_the_same_training(inputs, reference, runs, strategy, kind):
+    """Rounding alone: sums in another order. AdamW divides a gradient by its size, so what is near 0 shows."""
+    output_dir, expected = runs(strategy, kind), reference[kind]
+    manifest = json.loads((output_dir / "run_manifest.json").read_text())
+    assert manifest["num_processes"] == (1 if strategy == "one process" else 2)
+    assert manifest["strategy"] == NAMES[strategy]
+    losses, norms = read_losses(output_dir)
+    assert losses == pytest.approx(expected["losses"], rel=2e-6)
+    assert norms == pytest.approx(expected["norms"], rel=2e-5)
+    exported = load_file(output_dir / WEIGHTS[kind])
+    assert exported.keys() == expected["after"].keys()
+    moved, should = (
+        {name: end[name] - expected["before"][name] for name in end} for end in (exported, expected["after"])
+    )
+    assert relative_difference(moved, should) < 5e-5
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_export(inputs, runs, strategy, kind):
+    """Files, names, shapes and dtypes of a one-process run, and its logits through stock from_pretrained."""
+    ours, alone = runs(strategy, kind), runs("one process", kind)
+    assert {path.name for path in ours.iterdir()} == {path.name for path in alone.iterdir()}
+    tensors, expected = (load_file(folder / WEIGHTS[kind]) for folder in (ours, alone))
+    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+        name: (t.shape, t.dtype) for name, t in expected.items()
+    }
+    for name in ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json"):
+        if (alone / name).exists():
+            assert json.loads((ours / name).read_text()) == json.loads((alone / name).read_text()), name
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = (
+            AutoModelForSeq2SeqLM.from_pretrained(folder).eval()(input_ids=ids, decoder_input_ids=ids).logits
+            for folder in (ours, alone)
+        )
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resumed_is_uninterrupted(inputs, runs, tmp_path, strategy, kind):
+    """From the checkpoint of step 2, bit for bit."""
+    finished = runs(strategy, kind)
+    resumed = keep_checkpoint(finished, tmp_path / "out")
+    run = launch(strategy, *words(kind, inputs, resumed, "--resume_from_checkpoint", "latest"))
+    assert run.returncode == 0, run.stderr
+    assert "going on from" in run.stderr and "to rounding" not in run.stderr
+    assert without_times(resumed) == without_times(finished)
+    ours, expected = (load_file(folder / WEIGHTS[kind]) for folder in (resumed, finished))
+    assert [name for name in expected if not ours[name].equal(expected[name])] == []
+
+
+def keep_checkpoint(finished: Path, output_dir: Path) -> Path:
+    """A folder as a kill after step 2 leaves it."""
+    shutil.copytree(finished / "checkpoints" / "step_000002", output_dir / "checkpoints" / "step_000002")
+    shutil.copy(finished / "metrics.jsonl", output_dir)
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    "first, second, kind",
+    [
+        ("one process", "deepspeed_zero2", "lora"),
+        ("deepspeed_zero2", "deepspeed_zero3", "full"),
+        ("deepspeed_zero3", "fsdp2", "full"),
+        ("fsdp2", "one process", "full"),
+    ],
+)
+def test_goes_on_under_another_strategy(inputs, runs, tmp_path, first, second, kind):
+    """A checkpoint is the same file under each; the end agrees to rounding."""
+    finished = runs(first, kind)
+    resumed = keep_checkpoint(finished, tmp_path / "out")
+    run = launch(second, *words(kind, inputs, resumed, "--resume_from_checkpoint", "latest"))
+    assert run.returncode == 0, run.stderr
+    assert "the same training to rounding, not to the bit" in run.stderr
+    ours, expected = (load_file(folder / WEIGHTS[kind]) for folder in (resumed, finished))
+    assert relative_difference(ours, expected) < 5e-6

@@ -1,0 +1,150 @@
+"""A checkpoint's folder: written whole or not at all, verified before it is used, and chosen by whose run it is.
+
+    checkpoints/step_000010/       model.safetensors       what is trained: all weights, or the adapter alone
+                                   optimizer.safetensors   AdamW's moments, PARAMETER.exp_avg and so on
+                                   state.json              the step, the schedule, the open interval, whose run it is
+                                   metrics.jsonl           the record up to this step
+                                   manifest.json           size and SHA-256 of each file
+    checkpoints/best_step_000010/  the same without the optimizer, for the best validation so far
+
+Weights are safetensors and the rest is JSON: nothing that is loaded can run code.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from utils.config import TrainingConfig, UserError
+from utils.files import describe_file, flush_to_disk, raise_disk_errors
+
+logger = logging.getLogger(__name__)
+UNFINISHED = ".unfinished"
+
+
+class CheckpointError(Exception):
+    """A checkpoint is not what was written; the text says which file and why."""
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("_")[2])
+
+
+def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
+    """Finished checkpoints, the newest first. `kind` is step or best_step."""
+    folder = Path(output_dir) / "checkpoints"
+    found = [path for path in folder.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def find_checkpoint(output_dir: str | Path, step: int) -> bool:
+    return any(step_of(path) == step for path in find_checkpoints(output_dir))
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, metrics: bytes):
+    """Write `folder` whole or not at all: beside it, flushed to disk, then renamed."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, of_file in tensors.items():
+            with raise_disk_errors(unfinished / f"{name}.safetensors"):
+                save_file(of_file, unfinished / f"{name}.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (unfinished / "metrics.jsonl").write_bytes(metrics)
+        files = {path.name: describe_file(path) for path in sorted(unfinished.iterdir())}
+        manifest = {"files": files, "sha256": hash_json(files)}
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*unfinished.iterdir(), unfinished):
+            flush_to_disk(path)
+        if folder.exists():  # the run has gone on from before it, or it is damaged
+            remove_checkpoint(folder, ".replaced")
+        unfinished.rename(folder)
+        for path in (folder.parent, folder.parent.parent):
+            flush_to_disk(path)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint's state. CheckpointError unless every file is, byte for byte, what was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        if manifest["sha256"] != hash_json(manifest["files"]):
+            raise CheckpointError(f"{folder}: manifest.json was changed")
+        for name, expected in manifest["files"].items():
+            if (size := (folder / name).stat().st_size) != expected["size"]:
+                raise CheckpointError(f"{folder}: {name} has {size} bytes of {expected['size']}")
+            if describe_file(folder / name) != expected:
+                raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
+        return json.loads((folder / "state.json").read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: manifest.json cannot be read ({type(error).__name__})") from error
+
+
+def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `--resume_from_checkpoint` means, and its state; None for `latest` where there is none yet.
+    UserError if it is damaged or of another run."""
+    if config.resume_from_checkpoint != "latest":
+        candidates = [Path(config.resume_from_checkpoint)]
+        if not os.path.isdir(candidates[0]):
+            raise UserError(f"--resume_from_checkpoint {candidates[0]}: no such folder")
+        if not re.fullmatch(r"step_\d+", candidates[0].name):
+            raise UserError(
+                f"--resume_from_checkpoint {candidates[0]}: its name is not that of a checkpoint, step_..."
+            )
+    else:
+        candidates = find_checkpoints(config.output_dir)
+        if not candidates:
+            return None
+    damage = []
+    for folder in candidates:
+        try:
+            state = verify_checkpoint(folder)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for text in damage:
+            logger.warning("%s: going on from %s", text, folder.name)
+        for name in dict.fromkeys([*run, *state["run"]]):
+            if (here := run.get(name)) != (there := state["run"].get(name)):
+                raise UserError(
+                    f"--resume_from_checkpoint {folder}: it is of another run: {name} was {there} and is {here}"
+                )
+        return folder, state
+    raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
+
+
+def find_best(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The best model that lies, undamaged, in a folder of checkpoints, and {"step": , "value": } of it."""
+    found = []
+    for path in find_checkpoints(folder.parent, "best_step"):
+        try:
+            found.append((path, verify_checkpoint(path)["best"]))
+        except CheckpointError as error:
+            logger.warning("%s", error)
+    return min(found, key=lambda pair: pair[1]["value"], default=(None, None))
+
+
+def remove_checkpoint(folder: Path, suffix: str = ""):
+    """By another name first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
+    unfinished = folder.with_name(folder.name + suffix + UNFINISHED)
+    try:
+        folder.rename(unfinished)
+        shutil.rmtree(unfinished)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error.strerror)

@@ -1,0 +1,222 @@
+"""What differs between whole models on each process and models that DeepSpeed or FSDP2 shard: all of it is here, so
+that the loop, the checkpoints and the export are the same under each.
+
+    DDP        whole weights, gradients and moments on each process
+    ZeRO-1     moments are sharded
+    ZeRO-2     and gradients
+    ZeRO-3     and weights
+    FSDP2      the same as ZeRO-3, by PyTorch itself
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from utils.config import TrainingConfig, UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return is_deepspeed(accelerator) or accelerator.distributed_type == DistributedType.FSDP
+
+
+def name_strategy(accelerator: Accelerator) -> str:
+    if is_deepspeed(accelerator):
+        return f"DEEPSPEED_ZERO{accelerator.state.deepspeed_plugin.zero_stage}"
+    return accelerator.distributed_type.value
+
+
+def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
+    """Give the strategy the script's own settings. UserError where the launcher's contradict them."""
+    if is_deepspeed(accelerator):
+        configure_deepspeed(accelerator, config)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UserError("the launcher's fsdp_version is 1: only 2 is supported")
+        # Autocast over fp32 weights, as everywhere, and not weights and sums in bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if is_sharded(accelerator):
+        if config.per_device_train_batch_size == "auto":
+            raise UserError("--per_device_train_batch_size auto needs the whole model on each process: give a number")
+        if config.metric_for_best_model != "loss":
+            raise UserError(
+                f"--metric_for_best_model {config.metric_for_best_model} generates, which needs the whole model on "
+                "each process: use loss, or evaluate_rouge.py afterwards"
+            )
+
+
+def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
+    deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
+    for section in ("optimizer", "scheduler", "amp"):
+        if section in deepspeed_config:
+            raise UserError(f"the DeepSpeed config has a section {section!r}; remove it: the script has its own")
+    for section in ("fp16", "bf16"):
+        if deepspeed_config.get(section, {}).get("enabled") not in (None, False, "auto"):
+            raise UserError(f"the DeepSpeed config enables {section}; remove it: precision is --mixed_precision")
+    # DeepSpeed wants numbers of examples and only multiplies them: micro-batches are of unequal size. The loop says
+    # itself which one is the last of an update.
+    ours = {
+        "gradient_clipping": (config.max_grad_norm, "--max_grad_norm"),
+        "gradient_accumulation_steps": (1, "worked out from --total_train_batch_size"),
+        "train_micro_batch_size_per_gpu": (1, "--per_device_train_batch_size"),
+        "train_batch_size": (accelerator.num_processes, "--total_train_batch_size"),
+    }
+    for name, (value, setting) in ours.items():
+        if deepspeed_config.get(name, "auto") not in ("auto", value):
+            raise UserError(f"the DeepSpeed config's {name} is {deepspeed_config[name]}; remove it: it is {setting}")
+        deepspeed_config[name] = value
+    if config.mixed_precision == "bf16":  # as everywhere: autocast over fp32 weights, sums of gradients in fp32
+        deepspeed_config["torch_autocast"] = {
+            "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []
+        }  # fmt: skip
+    deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # the script's AdamW, also where its moments are offloaded
+
+
+@contextlib.contextmanager
+def whole_models(accelerator: Accelerator) -> Iterator[None]:
+    """Within, a model that one process loads is whole. Under ZeRO-3 from_pretrained would wait for the others."""
+    unset_hf_deepspeed_config()
+    yield
+    if is_deepspeed(accelerator):
+        set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
+
+
+@contextlib.contextmanager
+def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
+    """Around a micro-batch's forward and backward pass. Processes exchange gradients once an update, in its `last`;
+    where gradients are sharded in each, since nobody holds a whole one."""
+    if is_deepspeed(accelerator):
+        model.set_gradient_accumulation_boundary(last)
+        yield
+    elif last or is_sharded(accelerator):
+        yield
+    else:
+        with accelerator.no_sync(model):
+            yield
+
+
+def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tensor):
+    if is_deepspeed(accelerator):
+        model.backward(loss)  # accelerator.backward would take the optimizer's step too, before the loss is looked at
+    else:
+        accelerator.backward(loss)
+
+
+def update(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> float:
+    """Clip, and update the weights unless the gradient is not finite; returns its norm before clipping.
+
+    It waits for the device, as nothing else in an update does: a batch of 256 is worth it, a ruined model is not.
+    """
+    if is_deepspeed(accelerator):
+        model.step()  # which clips
+        return math.inf if model.optimizer.overflow else float(model.get_global_grad_norm())
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3's parameters the shape is (0,)
+
+
+@torch.no_grad()
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter or a moment; every process must call it."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def set_parameter(parameter: torch.nn.Parameter, value: torch.Tensor):
+    """Set a parameter to a whole value, of which each process takes its part."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    else:
+        parameter.copy_(shard_like(parameter, value))
+
+
+def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole value, on the parameter's device."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def gather_moments(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """AdamW's state as ("PARAMETER.exp_avg", whole tensor) and so on; every process must call it."""
+    if is_deepspeed(accelerator):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        link_moments(optimizer.optimizer)
+        step = next(iter(optimizer.state.values()))["step"]
+        for name, parameter in parameters.items():
+            yield f"{name}.step", step
+            for key in MOMENTS:
+                yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
+    else:
+        for name, parameter in parameters.items():
+            for key, value in optimizer.state[parameter].items():
+                yield f"{name}.{key}", gather_tensor(value)
+
+
+def set_moments(
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    moments: dict[str, torch.Tensor],
+):
+    """The reverse of gather_moments; to be called once the parameters are set."""
+    if is_deepspeed(accelerator):
+        set_deepspeed_moments(optimizer.optimizer, parameters, moments)
+    else:
+        for name, parameter in parameters.items():
+            optimizer.state[parameter] = {
+                key: shard_like(parameter, moments[f"{name}.{key}"]) for key in ("step", *MOMENTS)
+            }
+
+
+def link_moments(optimizer):
+    """ZeRO-1 and 2 look up a parameter's moments once, when only the first group of parameters has been updated."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def set_deepspeed_moments(optimizer, parameters: dict[str, torch.nn.Parameter], moments: dict[str, torch.Tensor]):
+    """DeepSpeed keeps flat partitions, for which AdamW has no state before its first step."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    optimizer.refresh_fp32_params()
+    step = moments[f"{next(iter(parameters))}.step"]
+    is_zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    for flat in optimizer.fp32_partitioned_groups_flat if is_zero3 else optimizer.single_partition_of_fp32_groups:
+        zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+        optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **zeros}
+    link_moments(optimizer)
+    for name, parameter in parameters.items():
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, moments[f"{name}.{key}"].to(parameter.device), key)
