@@ -55,7 +55,7 @@ def build_differences(results: dict[str, Any]) -> Table:
                 f"{format_percent(entry, '+')} {format_interval(entry, '+')} p {format_p_value(entry['p_value'])}"
                 for entry in entries
             ]
-            rows.append([f"{a} - {b}", protocol, *cells])
+            rows.append([f"{a} minus {b}", protocol, *cells])
     title = f"Differences in points [95 % interval] with p-values, paired bootstrap of {NUM_DRAWS} draws of dialogues"
     return Table(title, ["difference", "references", *METRICS], rows, styles)
 
