@@ -28,6 +28,7 @@ from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, U
 from utils.data import load_rows
 from utils.launching import run_script
 from utils.prompting import PROMPT_SUFFIX
+from utils.rouge import METRICS
 
 SCRIPTS = {
     "train_full": (train_full.main, TrainingConfig),
@@ -732,20 +733,25 @@ TEST_ROWS = [
     {"id": "t_2", "dialogue": "Hi.", "summary": "They greet."},
     {"id": "u_1", "dialogue": "Bye.", "summary": "A farewell."},
 ]
+GOOD_TEXTS = [{"id": "t_1", "prediction": "a"}, {"id": "u_1", "prediction": "b"}]
 BAD_PREDICTIONS = {
-    "unknown id": (
-        [{"id": "t_1", "prediction": "a"}, {"id": "v", "prediction": "b"}],
-        ", row 2, column 'id': 'v' is not among the rows that are scored",
+    "unknown, missing and doubled ids": (
+        [{"id": name, "prediction": "a"} for name in ("t_1", "v", "w", "t_1")],
+        ", model 'texts': 1 missing: 'u_1'; 2 unknown: 'v' in row 2, 'w' in row 3; 1 doubled: 't_1' in row 4",
     ),
-    "missing id": ([{"id": "t_1", "prediction": "a"}], ": model 'predictions' has no text for 1 ids: u_1"),
-    "missing id of one model": (
-        [{"id": name, "prediction": "a", "model": "x"} for name in ("t_1", "u_1")]
+    "many unknown ids": (
+        GOOD_TEXTS + [{"id": f"x{number}", "prediction": "a"} for number in range(9)],
+        ", model 'texts': 9 unknown: 'x0' in row 3, 'x1' in row 4, 'x2' in row 5, 'x3' in row 6, 'x4' in row 7 "
+        "and 4 more",
+    ),
+    "wrong ids of two models": (
+        [{"id": name, "prediction": "a", "model": "x"} for name in ("t_1", "v")]
         + [{"id": "u_1", "prediction": "a", "model": "y"}],
-        ": model 'y' has no text for 1 ids: t_1",
+        ", model 'x': 1 missing: 'u_1'; 1 unknown: 'v' in row 2. texts.jsonl, model 'y': 1 missing: 't_1'",
     ),
     "two texts for a dialogue": (
         [{"id": "t_1", "prediction": "a"}, {"id": "t_2", "prediction": "b"}, {"id": "u_1", "prediction": "c"}],
-        ", row 2, column 'prediction': another text than before for the dialogue of 't_2'",
+        ", model 'texts': 1 with another text than another row of the same dialogue: 't_2' in row 2",
     ),
     "no prediction": ([{"id": "t_1", "text": "a"}], ", row 1, column 'prediction': expected text"),
     "no id": ([{"prediction": "a"}], ", row 1, column 'id': expected text"),
@@ -754,6 +760,10 @@ BAD_PREDICTIONS = {
     "half a surrogate pair": (
         [{"id": "t_1", "prediction": "\ud83d"}, {"id": "u_1", "prediction": "a"}],
         ", row 1, column 'prediction': half a surrogate pair",
+    ),
+    "truncated that is text": (
+        [{"id": "t_1", "prediction": "a", "truncated": "no"}],
+        ", row 1, column 'truncated': expected true or false, got 'no'",
     ),
     "no rows": ([], " holds no rows"),
 }
@@ -766,6 +776,16 @@ def test_bad_predictions_file(refuse, here, case):
     write_rows(here / "texts.jsonl", rows)
     words = ["--test_file=test.jsonl", "--predictions_file=texts.jsonl"]
     assert refuse("evaluate_rouge", *words).startswith("texts.jsonl" + expected)
+
+
+def test_two_predictions_files_of_one_name(refuse, here):
+    write_rows(here / "test.jsonl", TEST_ROWS)
+    for name in ("one", "two"):
+        write_rows(here / f"{name}.jsonl", [row | {"model": "m"} for row in GOOD_TEXTS])
+    words = ["--test_file=test.jsonl", "--predictions_file", "one.jsonl", "two.jsonl"]
+    message = refuse("evaluate_rouge", *words)
+    assert message == "--predictions_file: one.jsonl and two.jsonl both hold model 'm'; name them NAME=FILE"
+    assert refuse("evaluate_rouge", words[0], "--predictions_file==one.jsonl").startswith("--predictions_file takes")
 
 
 def test_missing_predictions_file(refuse, here):
@@ -968,9 +988,41 @@ def test_predictions_by_another_system(here, id_type):
     write_rows(here / "texts.jsonl", [{"id": id_type(2), "prediction": ""}, {"id": id_type(1), "prediction": "Hi 你"}])
     start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
     assert read_jsonl(here / "out" / "predictions.jsonl") == [
-        {"id": "0", "model": "predictions", "prediction": "Hi 你", "references": ["A greeting.", "They greet."]},
-        {"id": "2", "model": "predictions", "prediction": "", "references": ["A farewell."]},
-    ]
+        {
+            "id": "0", "model": "texts", "prediction": "Hi 你", "references": ["A greeting.", "They greet."],
+            "dialogue": "Hi.", "scores": dict.fromkeys(METRICS, [0, 0]),
+        },
+        {
+            "id": "2", "model": "texts", "prediction": "", "references": ["A farewell."],
+            "dialogue": "Bye.", "scores": dict.fromkeys(METRICS, [0]),
+        },
+    ]  # fmt: skip
+
+
+def test_two_systems_are_compared(here):
+    """Named by the command line, in one flag or in several; rows that are not scored are passed over."""
+    write_rows(here / "test.jsonl", TEST_ROWS)
+    write_rows(here / "a=1.jsonl", [{"id": "t_1", "prediction": "A greeting.", "truncated": True}] + GOOD_TEXTS[1:])
+    several = [{"id": "t_2", "prediction": text, "model": text} for text in ("they", "greet")]
+    write_rows(here / "b.jsonl", several)
+    words = ["--test_file=test.jsonl", "--max_eval_samples=2", "--predictions_file"]
+    start("evaluate_rouge", *words, "a=1.jsonl", "--predictions_file", "b=b.jsonl", "--output_dir=out")
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert list(results["comparisons"]) == ["a=1_vs_b/they", "a=1_vs_b/greet", "b/they_vs_b/greet"]
+    assert results["comparisons"]["b/they_vs_b/greet"]["max"]["rouge1"] == {
+        "difference": 0, "low": 0, "high": 0, "p_value": 1
+    }  # fmt: skip
+    assert results["models"]["a=1"]["diagnostics"]["share_truncated"] == 1
+    assert results["models"]["b/they"]["diagnostics"]["share_truncated"] is None
+    assert [line.get("truncated") for line in read_jsonl(here / "out" / "predictions.jsonl")] == [True, None, None]
+    assert results["conclusions"][0].startswith("Only 1 dialogue scored: too few")
+
+
+def test_predictions_files_of_the_command_line_replace_those_of_yaml(here):
+    (here / "my.yaml").write_text("predictions_file: [c, d]\n")
+    for words, expected in ((["--predictions_file=a", "--predictions_file", "b"], ["a", "b"]), ([], ["c", "d"])):
+        config = parse_config(EvaluationConfig, "evaluate_rouge.yaml", ["--config=my.yaml", *words])
+        assert config.predictions_file == expected
 
 
 @pytest.mark.parametrize(
@@ -982,4 +1034,4 @@ def test_evaluation_does_not_mind_the_launchers_settings(here, monkeypatch, name
     write_rows(here / "texts.jsonl", [{"id": "t_1", "prediction": "A greeting."}])
     start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
     results = json.loads((here / "out" / "results.json").read_text())
-    assert results["models"]["predictions"]["scores"]["average"]["rouge1"]["value"] == 1.0
+    assert results["models"]["texts"]["scores"]["average"]["rouge1"]["value"] == 1.0

@@ -66,4 +66,9 @@ def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
     assert [(row["id"], row["model"], len(row["references"])) for row in predictions] == [
         (f"test_{index}_1", model, 3) for model in ("a", "b") for index in range(4)
     ]
-    assert results[0]["comparisons"]["a_vs_b"]["max"]["rougeL"] == {"difference": 0, "low": 0, "high": 0}
+    assert results[0]["comparisons"]["a_vs_b"]["max"]["rougeL"] == {
+        "difference": 0,
+        "low": 0,
+        "high": 0,
+        "p_value": 1,
+    }

@@ -77,7 +77,8 @@ def test_commands_for_own_data(flan_t5, tmp_path):
     for name in ("train", "dev", "test"):
         lines = ["id,text,gold", *(f'{row["id"]},"{row["text"]}",{row["gold"]}' for row in rows)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    write_rows(tmp_path / "texts.jsonl", [{"id": row["id"], "prediction": row["gold"]} for row in rows])
+    for name in ("texts", "other"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"id": row["id"], "prediction": row["gold"]} for row in rows])
     for command in commands:
         words = shlex.split(command.replace("google/flan-t5-base", str(flan_t5)))
         words = [str(REPOSITORY / word) if word in ("train_lora.py", "evaluate_rouge.py") else word for word in words]
@@ -90,7 +91,10 @@ def test_commands_for_own_data(flan_t5, tmp_path):
         run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0, run.stderr
     models = json.loads((tmp_path / "their-report" / "results.json").read_text())["models"]
-    assert models["predictions"]["scores"]["max"]["rougeLsum"]["value"] == 1
+    assert {name: model["scores"]["max"]["rougeLsum"]["value"] for name, model in models.items()} == {
+        "texts": 1,
+        "theirs": 1,
+    }
     assert set(json.loads((tmp_path / "my-report" / "results.json").read_text())["models"]) == {"original", "mine"}
 
 

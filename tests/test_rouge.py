@@ -1,13 +1,15 @@
 """Scores are rouge_score's, the protocols are what they are called, the intervals are over dialogues."""
 
 import csv
+import time
 
 import numpy as np
 import pytest
 from conftest import DIALOGSUM, make_rows
 from rouge_score.rouge_scorer import RougeScorer
 
-from utils.rouge import METRICS, bootstrap, compare_models, score_texts
+from utils import rouge
+from utils.rouge import METRICS, PROTOCOLS, bootstrap, compare_models, score_texts, split_sentences
 
 REFERENCES = [
     ["the cat sat on the mat", "a cat sat"],
@@ -15,6 +17,18 @@ REFERENCES = [
     ["he runs", "running", "she ran home"],
 ]
 PREDICTIONS = ["a cat sat on a mat", "the dogs barked at night", ""]
+
+
+def compare_texts(predictions, references):
+    scores = {name: score_texts(texts, references, use_stemmer=False) for name, texts in predictions.items()}
+    return compare_models(scores, seed=0)
+
+
+def read_test_summaries() -> list[list[str]]:
+    """The three references of each dialogue."""
+    with (DIALOGSUM / "test.csv").open(encoding="utf-8", newline="") as file:
+        summaries = [row["summary"] for row in csv.DictReader(file)]
+    return [summaries[index : index + 3] for index in range(0, len(summaries), 3)]
 
 
 @pytest.mark.parametrize("use_stemmer", [False, True])
@@ -31,7 +45,7 @@ def test_scores_are_those_of_rouge_score(use_stemmer):
 
 
 def test_protocols():
-    models, _ = compare_models({"m": PREDICTIONS}, REFERENCES, use_stemmer=False, seed=0)
+    models, _ = compare_texts({"m": PREDICTIONS}, REFERENCES)
     scores = {protocol: models["m"]["scores"][protocol]["rouge1"]["value"] for protocol in ("average", "max", "first")}
     # F1 is 2 matches / (words of the text + words of the reference): 2*4/(6+6) and 2*3/(6+3), then 2*3/(5+5), then 0.
     assert scores["first"] == pytest.approx((4 / 6 + 0.6 + 0) / 3)
@@ -43,7 +57,7 @@ def test_protocols():
 def test_difference_is_a_minus_b_with_its_own_interval():
     better, worse = ["he runs home"] * 30, ["he naps"] * 30
     references = [["he runs home fast"]] * 15 + [["he runs"]] * 15
-    models, comparisons = compare_models({"better": better, "worse": worse}, references, use_stemmer=False, seed=0)
+    models, comparisons = compare_texts({"better": better, "worse": worse}, references)
     entry = comparisons["better_vs_worse"]["average"]["rouge1"]
     values = [models[name]["scores"]["average"]["rouge1"]["value"] for name in ("better", "worse")]
     assert entry["difference"] == pytest.approx(values[0] - values[1]) and entry["difference"] > 0
@@ -53,43 +67,80 @@ def test_difference_is_a_minus_b_with_its_own_interval():
 def test_interval_of_a_bootstrap():
     """Of 400 scores of standard deviation 0.1, the mean's standard error is 0.005."""
     sums = np.random.default_rng(1).normal(0.5, 0.1, 400)
-    value, low, high = bootstrap(sums, np.ones(400), seed=0)
+    value, low, high, p_value = bootstrap(sums, np.ones(400), seed=0)
     assert value == pytest.approx(sums.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * sums.std() / 20, rel=0.1)
-    assert (value, low, high) == bootstrap(sums, np.ones(400), seed=0)
+    assert p_value == 2 / 1001  # no draw of 1,000 was at or below 0
+    assert (value, low, high, p_value) == bootstrap(sums, np.ones(400), seed=0)
     # A dialogue's three rows share one text: repeating rows must not narrow the interval.
-    assert bootstrap(sums * 3, np.full(400, 3), seed=0) == pytest.approx((value, low, high))
+    assert bootstrap(sums * 3, np.full(400, 3), seed=0) == pytest.approx((value, low, high, p_value))
+
+
+@pytest.mark.parametrize(("z", "expected"), [(0, 1), (1, 0.317), (1.96, 0.05), (-1.96, 0.05)])
+def test_p_value(z, expected):
+    """Of a mean that is z standard errors from 0: that of a normal distribution, both sides."""
+    sums = np.random.default_rng(2).normal(0, 1, 500)
+    sums = (sums - sums.mean()) / sums.std() + z / np.sqrt(500)
+    _, low, high, p_value = bootstrap(sums, np.ones(500), seed=0)
+    assert p_value == pytest.approx(expected, abs=0.04 if abs(z) < 1.5 else 0.02)
+    assert low < 0 < high or abs(z) > 1.5
+
+
+def test_no_difference_has_p_value_1():
+    assert bootstrap(np.zeros(5), np.ones(5), seed=0) == (0, 0, 0, 1)
 
 
 @pytest.mark.skipif(not DIALOGSUM.is_dir(), reason="DialogSum is not beside the project")
-def test_scores_of_real_texts():
-    """The first reference of each test dialogue against the other two."""
-    with (DIALOGSUM / "test.csv").open(encoding="utf-8", newline="") as file:
-        summaries = [row["summary"] for row in csv.DictReader(file)][:90]
-    predictions, references = (
-        summaries[::3],
-        [list(pair) for pair in zip(summaries[1::3], summaries[2::3], strict=True)],
-    )
-    scorer = RougeScorer(METRICS, use_stemmer=False)
-    scores = score_texts(predictions, references, use_stemmer=False)
-    for metric in METRICS:
-        expected = [
-            [scorer.score(reference, text)[metric].fmeasure for reference in pair]
-            for text, pair in zip(predictions, references, strict=True)
-        ]
-        assert np.allclose(scores[metric], expected, rtol=0, atol=1e-12)
-    models, _ = compare_models({"human": predictions}, references, use_stemmer=False, seed=0)
-    values = {
-        protocol: models["human"]["scores"][protocol]["rouge1"]["value"] for protocol in ("average", "max", "first")
-    }
+@pytest.mark.parametrize("use_stemmer", [False, True])
+def test_scores_of_real_texts(use_stemmer, monkeypatch):
+    """One reference of another dialogue and one of the dialogue itself against all three, on two processes."""
+    references = read_test_summaries()[:60]
+    predictions = [row[index % 3] if index % 2 else references[index - 1][0] for index, row in enumerate(references)]
+    scorer = RougeScorer(METRICS, use_stemmer=use_stemmer)
+    expected = [[scorer.score(one, text) for one in row] for text, row in zip(predictions, references, strict=True)]
+    for num_cores in (1, 2):
+        monkeypatch.setattr(rouge, "count_cores", lambda num_cores=num_cores: num_cores)
+        scores = score_texts(predictions, references, use_stemmer)
+        for metric in METRICS:
+            values = [[one[metric].fmeasure for one in row] for row in expected]
+            assert np.allclose(scores[metric], values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not DIALOGSUM.is_dir(), reason="DialogSum is not beside the project")
+def test_1500_rows_take_seconds():
+    references = (read_test_summaries() * 2)[:500]
+    started = time.perf_counter()
+    scores = score_texts([row[0] for row in references[1:] + references[:1]], references, use_stemmer=True)
+    assert sum(map(len, scores["rouge1"])) == 1500
+    assert time.perf_counter() - started < 20  # 1 s on one core of an idle machine
+
+
+@pytest.mark.skipif(not DIALOGSUM.is_dir(), reason="DialogSum is not beside the project")
+def test_protocols_of_real_texts_differ():
+    rows = read_test_summaries()[:30]
+    models, _ = compare_texts({"human": [row[0] for row in rows]}, [row[1:] for row in rows])
+    values = {protocol: models["human"]["scores"][protocol]["rouge1"]["value"] for protocol in PROTOCOLS}
     assert values["max"] > values["average"] + 0.02, "references differ, so the protocols do"
 
 
+def test_a_line_for_each_sentence_changes_rougelsum_alone():
+    assert split_sentences("He ran. She sat! At 2.30 p.m? \n Yes") == "He ran.\nShe sat!\nAt 2.30 p.m?\nYes"
+    text, reference = "She sat down. He ran home.", "He ran home. She sat down."
+    as_it_is, by_sentence = (score_texts([text], [[reference]], False, newline) for newline in (False, True))
+    assert as_it_is["rougeLsum"] == as_it_is["rougeL"] == by_sentence["rougeL"] == [[0.5]]
+    assert by_sentence["rougeLsum"] == [[1.0]]
+    assert by_sentence["rouge1"] == as_it_is["rouge1"] and by_sentence["rouge2"] == as_it_is["rouge2"]
+
+
 def test_row_order_does_not_matter():
+    """To the last bit, intervals and p-values too; but for `first`, which is what it says."""
     rows = make_rows(20)
-    texts, references = [row["dialogue"] for row in rows], [[row["summary"]] for row in rows]
-    forwards, _ = compare_models({"m": texts}, references, use_stemmer=False, seed=0)
-    backwards, _ = compare_models({"m": texts[::-1]}, references[::-1], use_stemmer=False, seed=0)
-    for metric in METRICS:
-        values = [run["m"]["scores"]["average"][metric]["value"] for run in (forwards, backwards)]
-        assert values[0] == pytest.approx(values[1], abs=1e-12)
+    texts = {"a": [row["dialogue"] for row in rows], "b": [row["summary"][:40] for row in rows]}
+    references = [[row["summary"], row["dialogue"][:50], "the park"][: 1 + i % 3] for i, row in enumerate(rows)]
+    backwards = {name: of_model[::-1] for name, of_model in texts.items()}
+    one, other = compare_texts(texts, references), compare_texts(backwards, [row[::-1] for row in references[::-1]])
+    assert [list(section) for section in one] == [["a", "b"], ["a_vs_b"]]
+    for protocol in ("average", "max"):
+        assert one[1]["a_vs_b"][protocol] == other[1]["a_vs_b"][protocol]
+        for name in ("a", "b"):
+            assert one[0][name]["scores"][protocol] == other[0][name]["scores"][protocol]

@@ -34,7 +34,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 RECORDS = ["loss_curve.png", "metrics.jsonl", "run_manifest.json"]
 FULL_FILES = [*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors"]
 LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
-EVALUATION_FILES = ["predictions.jsonl", "results.json"]
+EVALUATION_FILES = ["predictions.jsonl", "report.md", "results.json"]
 METRICS = {
     "train": {"step", "split", "loss", "learning_rate", "grad_norm", "num_examples", "num_target_tokens"}
     | {"samples_per_second", "padding_efficiency", "peak_memory_mib"}
@@ -274,5 +274,8 @@ def test_the_report(runs):
     assert [(line["model"], line["id"]) for line in predictions] == [
         (model, f"test_{dialogue}_1") for model in ("full", "lora") for dialogue in range(4)
     ]
-    assert all(line.keys() == {"id", "model", "prediction", "references"} for line in predictions)
+    assert all(
+        line.keys() - {"truncated"} == {"id", "model", "prediction", "references", "dialogue", "scores"}
+        for line in predictions
+    )
     assert [len(line["references"]) for line in predictions] == [3] * 8

@@ -145,16 +145,19 @@ class EvaluationConfig(DataConfig):
         ],
         "NAME=PATH_OR_HUB_ID of each model; a LoRA folder brings its base along",
     )
-    predictions_file: str | None = setting(
-        None, "jsonl with id, prediction and maybe model: score these texts instead"
+    predictions_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "FILE or NAME=FILE, also several: score the texts in these instead", "action": "extend"},
     )
     split: Literal["train", "validation", "test"] = setting("test", "split to summarise and score")
-    output_dir: str = setting("./rouge-report", "folder for predictions.jsonl and results.json")
+    output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
     max_eval_samples: int | None = setting(None, "score the first N rows only")
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
+    rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
+    report_only: bool = setting(False, "only write the reports again, from what output_dir holds")
 
     def __post_init__(self):
         super().__post_init__()
@@ -198,6 +201,9 @@ def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-")
         raise UserError(f"unknown setting {unknown[0]}{nearest(name, [*names, 'config'], '--')}")
+    for item in fields(config_class):
+        if item.metadata.get("action") == "extend" and getattr(given, item.name):
+            setattr(values, item.name, getattr(given, item.name))  # and not those of the YAML too
     return config_class(**{name: getattr(values, name) for name in names})
 
 

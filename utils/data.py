@@ -149,37 +149,6 @@ def group_by_dialogue(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def load_predictions(path: Path, dialogues: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """`predictions[model]`, a text for each dialogue in its order, from a file of `id`, `prediction`, maybe `model`.
-
-    The id may be that of any of the dialogue's rows; a system that wrote one text for each row must have written the
-    same for all rows of a dialogue.
-    """
-    index_of = {row_id: index for index, dialogue in enumerate(dialogues) for row_id in dialogue["ids"]}
-    texts = {}
-    for number, row in read_file(path):
-        where = f"{path}, row {number}"
-        for column, types in (("id", str | int), ("prediction", str)):
-            if not isinstance(row, dict) or not isinstance(row.get(column), types):
-                raise UserError(f"{where}, column {column!r}: expected text")
-        check_encodable(row["prediction"], "prediction", where)
-        index = index_of.get(str(row["id"]))
-        if index is None:
-            raise UserError(f"{where}, column 'id': {row['id']!r} is not among the rows that are scored")
-        of_model = texts.setdefault(str(row.get("model") or "predictions"), {})
-        if of_model.setdefault(index, row["prediction"]) != row["prediction"]:
-            raise UserError(
-                f"{where}, column 'prediction': another text than before for the dialogue of {row['id']!r}"
-            )
-    if not texts:
-        raise UserError(f"{path} holds no rows")
-    for model, of_model in texts.items():
-        missing = [dialogue["id"] for index, dialogue in enumerate(dialogues) if index not in of_model]
-        if missing:
-            raise UserError(f"{path}: model {model!r} has no text for {len(missing)} ids: {', '.join(missing[:10])}")
-    return {model: [of_model[index] for index in range(len(dialogues))] for model, of_model in texts.items()}
-
-
 def fingerprint(*parts: Any) -> str:
     """A SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

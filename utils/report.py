@@ -1,13 +1,20 @@
-"""Results as pictures and tables."""
+"""A finished evaluation for people: the console, report.md and report.html; and the loss curve of a training."""
 
-import itertools
 import json
+import os
+import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from accelerate import PartialState
 from matplotlib.figure import Figure
 
-from utils.rouge import METRICS, PROTOCOLS
+from utils.config import EvaluationConfig, UserError
+from utils.data import parse_json, read_file
+from utils.tables import Table, build_tables
+
+ANSI = {"head": "1", "best": "1;32", "above": "32", "below": "31", "noise": "2"}
 
 
 def plot_loss_curve(output_dir: str | Path):
@@ -26,56 +33,82 @@ def plot_loss_curve(output_dir: str | Path):
     figure.savefig(Path(output_dir) / "loss_curve.png", dpi=150)
 
 
-def format_table(header: list[str], rows: list[list[str]]) -> str:
+def show_report(config: EvaluationConfig):
+    """Write report.html and report.md, from results.json and predictions.jsonl alone, and print the tables."""
+    if not PartialState().is_main_process:
+        return
+    results, _ = read_results(Path(config.output_dir))
+    for name, text in (("report.md", format_markdown(results)),):
+        unfinished = Path(config.output_dir) / f"{name}.part"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(Path(config.output_dir) / name)
+    sys.stdout.write(f"{format_results(results, has_color(sys.stdout))}\n\nwritten: {config.output_dir}\n")
+
+
+def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """results.json and the lines of predictions.jsonl; UserError if they are not there or lack what a report shows."""
+    path = output_dir / "results.json"
+    if not path.is_file():
+        raise UserError(f"--report_only: there is no {path}; evaluate first, without it")
+    results = parse_json(path.read_text(encoding="utf-8"), path)
+    lines = [line for _, line in read_file(output_dir / "predictions.jsonl")]
+    if "conclusions" not in results or not all(isinstance(line, dict) and "scores" in line for line in lines):
+        raise UserError(f"--report_only: {path} is from an earlier version; evaluate again")
+    return results, lines
+
+
+def format_table(table: Table, use_color: bool = False) -> str:
     """Aligned columns, the first to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    )
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
+    lines.insert(1, ["-" * width for width in widths])
+    printed = []
+    for number, line in enumerate(lines):
+        cells = []
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            padded = cell.rjust(width) if column else cell.ljust(width)
+            style = "head" if number == 0 else table.styles.get((number - 2, column))
+            cells.append(f"\x1b[{ANSI[style]}m{padded}\x1b[0m" if use_color and style else padded)
+        printed.append("  ".join(cells).rstrip())
+    return "\n".join(printed)
 
 
-def format_scores(results: dict[str, Any]) -> str:
-    """Every model's ROUGE and the difference of every pair, in percent and percentage points, with 95 % intervals."""
-    settings = results["settings"]
-    stemmer = "with" if settings["use_stemmer"] else "without"
-    size = f"{results['num_dialogues']} dialogues with {results['num_rows']} references"
-    parts = [f"ROUGE F1 in percent [95 % interval], {stemmer} stemmer, {size}"]
-    for title, section in (("model", "models"), ("difference in points", "comparisons")):
-        rows = []
-        for protocol, (name, entry) in itertools.product(PROTOCOLS, results[section].items()):
-            scores = entry["scores"][protocol] if section == "models" else entry[protocol]
-            label = name if section == "models" else name.replace("_vs_", " minus ")
-            rows.append([label, protocol, *(format_interval(scores[metric]) for metric in METRICS)])
-        if rows:
-            parts.append(format_table([title, "references", *METRICS], rows))
-    return "\n\n".join(parts)
+def has_color(stream: TextIO) -> bool:
+    """Whether the stream is a terminal whose user has not turned colors off (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def format_interval(score: dict[str, float]) -> str:
-    sign = "+" if "difference" in score else ""
-    value = score.get("value", score.get("difference"))
-    return f"{100 * value:{sign}.2f} [{100 * score['low']:{sign}.1f}, {100 * score['high']:{sign}.1f}]"
+def format_results(results: dict[str, Any], use_color: bool = False) -> str:
+    """What the console shows: the example, every table, and what can be concluded."""
+    parts = [format_example(results["example"])]
+    parts += [f"{table.title}\n\n{format_table(table, use_color)}" for table in build_tables(results)]
+    return "\n\n".join([*parts, "\n".join(results["conclusions"])])
 
 
-def format_example(row: dict[str, str], summaries: dict[str, str]) -> str:
+def format_example(example: dict[str, Any]) -> str:
     """A dialogue, the human summary and each model's."""
-    texts = {"dialogue": row["dialogue"], "human summary": row["summary"], **summaries}
-    return "\n".join(f"--- {name}\n{text}" for name, text in texts.items())
+    texts = {"dialogue": example["dialogue"], "human summary": example["summary"], **example["texts"]}
+    shown = "\n".join(f"--- {name}\n{text}" for name, text in texts.items())
+    return f"Row {example['index']} of the {example['split']} split\n\n{shown}"
 
 
-def format_facts(facts: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Facts that each model's summaries state in the right role, beside what always giving the same answer gets."""
-    rows = [
-        [name, *(f"{kind['correct']} of {kind['total']}" for kind in of_model.values())]
-        for name, of_model in facts.items()
-    ]
-    kinds = next(iter(facts.values()))
-    rows.append(
-        [
-            "(most common answer)",
-            *(f"{kind['majority'] * kind['total']:.0f} of {kind['total']}" for kind in kinds.values()),
-        ]
-    )
-    return format_table(["facts right", *kinds], rows)
+def format_markdown(results: dict[str, Any]) -> str:
+    """The tables and conclusions for a pull request or an issue."""
+    parts = ["# Summaries scored", *results["conclusions"]]
+    for table in build_tables(results):
+        lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
+        rows = "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
+        parts += [f"**{escape_markdown(table.title)}**", rows]
+    example = format_example(results["example"])
+    fence = "`" * max(3, longest_run(example, "`") + 1)
+    parts.append(f"<details><summary>A sample</summary>\n\n{fence}text\n{example}\n{fence}\n\n</details>")
+    return "\n\n".join(parts) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text that stays in its cell, and is neither markup nor HTML."""
+    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def longest_run(text: str, character: str) -> int:
+    return max((len(run) for run in re.findall(f"{re.escape(character)}+", text)), default=0)

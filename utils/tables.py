@@ -1,0 +1,157 @@
+"""What results.json holds as tables of text and as sentences."""
+
+import itertools
+from typing import Any, NamedTuple
+
+from utils.rouge import METRICS, NUM_DRAWS, PROTOCOLS
+
+FEW_DIALOGUES = 100  # below that, intervals are a warning more than a result
+TOO_FEW_DIALOGUES = 10  # below that, drawing from them says nothing of other dialogues
+
+
+class Table(NamedTuple):
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    styles: dict[tuple[int, int], str]  # of the cell (row, column): best, above, below or noise
+
+
+def build_tables(results: dict[str, Any]) -> list[Table]:
+    """All tables of a results.json, the scores first."""
+    tables = [build_scores(results), build_differences(results), build_diagnostics(results)]
+    tables += [build_costs(results), build_facts(results.get("facts", {}))]
+    return [table for table in tables if table.rows]
+
+
+def build_scores(results: dict[str, Any]) -> Table:
+    """Every model's ROUGE by every protocol; the best of each column and protocol is marked."""
+    settings, models = results["settings"], results["models"]
+    rows, styles = [], {}
+    for protocol in PROTOCOLS:
+        for name, model in models.items():
+            scores = [model["scores"][protocol][metric] for metric in METRICS]
+            for column, score in enumerate(scores):
+                best = max(other["scores"][protocol][METRICS[column]]["value"] for other in models.values())
+                if len(models) > 1 and score["value"] == best:
+                    styles[len(rows), column + 2] = "best"
+            rows.append([name, protocol, *(f"{format_percent(score)} {format_interval(score)}" for score in scores)])
+    stemmer = "with" if settings["use_stemmer"] else "without"
+    lines = "a line for each sentence" if settings.get("rouge_newline") else "text as it is"
+    title = (
+        f"ROUGE F1 in percent [95 % interval], {stemmer} stemmer, rougeLsum on {lines}, "
+        f"{results['num_dialogues']} dialogues with {results['num_rows']} references"
+    )
+    return Table(title, ["model", "references", *METRICS], rows, styles)
+
+
+def build_differences(results: dict[str, Any]) -> Table:
+    rows, styles = [], {}
+    for protocol in PROTOCOLS:
+        for (a, b), comparison in pair_comparisons(results):
+            entries = [comparison[protocol][metric] for metric in METRICS]
+            for column, entry in enumerate(entries):
+                styles[len(rows), column + 2] = judge(entry)
+            cells = [
+                f"{format_percent(entry, '+')} {format_interval(entry, '+')} p {format_p_value(entry['p_value'])}"
+                for entry in entries
+            ]
+            rows.append([f"{a} minus {b}", protocol, *cells])
+    title = f"Differences in points [95 % interval] with p-values, paired bootstrap of {NUM_DRAWS} draws of dialogues"
+    return Table(title, ["difference", "references", *METRICS], rows, styles)
+
+
+def build_diagnostics(results: dict[str, Any]) -> Table:
+    rows = []
+    for name, texts in [
+        *((name, model["diagnostics"]) for name, model in results["models"].items()),
+        ("(references)", results["references"]),
+    ]:
+        shares = ("coverage", "novel_bigrams", "share_empty", "share_duplicates", "share_truncated")
+        coverage, *others = ("" if texts[key] is None else f"{100 * texts[key]:.1f} %" for key in shares)
+        rows.append([name, f"{texts['mean_words']:.1f}", coverage, f"{texts['density']:.1f}", *others])
+    header = ["texts", "words", "copied", "density", "new bigrams", "empty", "duplicates", "cut"]
+    title = "What the texts are like: mean words; share of words in fragments of the dialogue, and their mean length"
+    return Table(title, header, rows, {})
+
+
+def build_costs(results: dict[str, Any]) -> Table:
+    """What each model that was trained here cost, beside its quality."""
+    rows = []
+    for name, model in results["models"].items():
+        training = model.get("training")
+        if training:
+            minutes, seconds = divmod(round(training["seconds"] or 0), 60)
+            rows.append([
+                name,
+                f"{training['num_trainable_parameters']:,}",
+                f"{training['size_bytes'] / 2**20:,.1f} MiB",
+                f"{training['num_train_steps']:,}",
+                f"{minutes}:{seconds:02} on {training['num_processes']} {training['device']}",
+                format_percent(model["scores"]["average"]["rouge1"]),
+            ])  # fmt: skip
+    header = ["cost", "trained parameters", "on disk", "updates", "min:s in updates", "rouge1 average"]
+    return Table("What training cost, beside what it brought", header, rows, {})
+
+
+def build_facts(facts: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Facts that each model's summaries state in the right role, beside what always giving the same answer gets."""
+    rows = [
+        [name, *(f"{kind['correct']} of {kind['total']}" for kind in of_model.values())]
+        for name, of_model in facts.items()
+    ]
+    kinds = next(iter(facts.values()), {})
+    if kinds:
+        often = [f"{kind['majority'] * kind['total']:.0f} of {kind['total']}" for kind in kinds.values()]
+        rows.append(["(most common answer)", *often])
+    return Table("Facts stated in the right role", ["facts right", *kinds], rows, {})
+
+
+def pair_comparisons(results: dict[str, Any]) -> list[tuple[tuple[str, str], dict]]:
+    """((A, B), comparison) of each pair; a name may itself hold `_vs_`."""
+    pairs = itertools.combinations(results["models"], 2)
+    return [((a, b), results["comparisons"][f"{a}_vs_{b}"]) for a, b in pairs]
+
+
+def judge(entry: dict[str, float]) -> str:
+    return "above" if entry["low"] > 0 else "below" if entry["high"] < 0 else "noise"
+
+
+def format_percent(score: dict[str, float], sign: str = "") -> str:
+    return f"{100 * score.get('value', score.get('difference')):{sign}.2f}"
+
+
+def format_interval(score: dict[str, float], sign: str = "") -> str:
+    return f"[{100 * score['low']:{sign}.1f}, {100 * score['high']:{sign}.1f}]"
+
+
+def format_p_value(p_value: float) -> str:
+    return f"{p_value:.3f}".removeprefix("0")
+
+
+def describe_differences(comparisons: list[tuple[tuple[str, str], dict]], num_dialogues: int) -> list[str]:
+    """Sentences that say which differences are beyond noise, by the protocol `average`."""
+    if num_dialogues < TOO_FEW_DIALOGUES:
+        few = f"Only {num_dialogues} dialogue{'s' * (num_dialogues > 1)} scored: too few to say of any difference that"
+        return [f"{few} it is beyond noise. This is a quick look, not a result."]
+    beyond, within = [], []
+    for (a, b), comparison in comparisons:
+        metrics = {verdict: [] for verdict in ("above", "below", "noise")}
+        for metric in METRICS:
+            metrics[judge(comparison["average"][metric])].append(metric)
+        for verdict, (better, worse) in (("above", (a, b)), ("below", (b, a))):
+            if metrics[verdict]:
+                beyond.append(f"{better} above {worse} in {list_metrics(metrics[verdict])}")
+        if metrics["noise"]:
+            within.append(f"{a} and {b} in {list_metrics(metrics['noise'])}")
+    sentences = []
+    if beyond:
+        sentences.append(f"Beyond noise (95 % interval without 0, average over references): {'; '.join(beyond)}.")
+    if within:
+        sentences.append(f"Not told apart by these dialogues: {'; '.join(within)}.")
+    if num_dialogues < FEW_DIALOGUES:
+        sentences.append(f"Only {num_dialogues} dialogues scored: wide intervals, and still a little too narrow.")
+    return sentences
+
+
+def list_metrics(metrics: list[str]) -> str:
+    return "every metric" if len(metrics) == len(METRICS) else ", ".join(metrics)
