@@ -29,7 +29,8 @@ def main(config: LoraTrainingConfig):
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     # The frozen base needs no small updates, so half the bytes do, except where it is sharded with the fp32 adapter.
-    base_dtype = torch.bfloat16 if config.mixed_precision == "bf16" and not is_sharded(accelerator) else torch.float32
+    is_half = config.mixed_precision == "bf16" and not is_sharded(accelerator)
+    base_dtype = torch.bfloat16 if is_half else torch.float32
     model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()

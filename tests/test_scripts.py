@@ -65,7 +65,8 @@ def test_the_training_scripts_differ_by_what_they_build():
         "from utils.modeling import add_lora, count_parameters, export_model, load_model, load_tokenizer",
         "from utils.strategies import is_sharded",
         "def main(config: LoraTrainingConfig):",
-        '    base_dtype = torch.bfloat16 if config.mixed_precision == "bf16" and not is_sharded(accelerator) else torch.float32',
+        '    is_half = config.mixed_precision == "bf16" and not is_sharded(accelerator)',
+        "    base_dtype = torch.bfloat16 if is_half else torch.float32",
         "    model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)",
         '    run_script(main, LoraTrainingConfig, "train_lora.yaml")',
     ]
