@@ -759,6 +759,56 @@ def test_a_stop_on_a_full_disk(paths, never_stopped, small_disk):
     check_same("full", output_dir, never_stopped["full"])
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_no_room_for_the_export(paths, small_disk, num_processes):
+    """One line and no hang; when there is room, the last checkpoint is exported without another update."""
+    output_dir = small_disk(1100) / "out"
+    words = ["train_full.py", "--output_dir", output_dir]
+    for name, value in (SETTINGS | paths | {"checkpointing_steps": 100, "eval_steps": 100}).items():
+        words += [f"--{name}", value] if name != "validation_file" else []
+    run = run_script(*words, num_processes=num_processes)
+    assert run.returncode == (2 if num_processes == 1 else 1)  # torchrun's
+    lines = [line for line in run.stderr.splitlines() if "error: " in line and "train_full.py" in line]
+    text = "No space left on device; when it can, export it with --resume_from_checkpoint latest"
+    assert lines == [f"train_full.py: error: --output_dir {output_dir}: the model could not be written: {text}"]
+    assert "[rank0]: Traceback" not in run.stderr
+    left = sorted(os.listdir(output_dir))
+    assert left == ["checkpoints", "metrics.jsonl", "run_manifest.json"]
+    subprocess.run(["mount", "-o", "remount,size=8m", str(output_dir.parent)], check=True)
+    run = run_script(*words, "--resume_from_checkpoint", "latest", num_processes=num_processes)
+    assert run.returncode == 0, run.stderr
+    weights = load_file(output_dir / "checkpoints" / "step_000012" / "model.safetensors")
+    exported = load_file(output_dir / "model.safetensors")
+    assert [name for name in weights if not exported[name].equal(weights[name])] == []
+
+
+def test_no_room_at_the_start(paths, small_disk):
+    disk = small_disk(16)
+    (disk / "theirs").write_bytes(bytes(16 * 1024))
+    run = run_script("train_lora.py", *(f"--{name}={value}" for name, value in (paths | {"output_dir": disk}).items()))
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == (
+        f"train_lora.py: error: {disk / 'run_manifest.json'}: No space left on device"
+    )
+    assert os.listdir(disk) == ["theirs"]
+
+
+def test_a_read_only_disk(paths, copy_of_stopped, small_disk):
+    """At the start, and for a run to be gone on with, whose STOP file and metrics it would have to change."""
+    disk = small_disk(8000)
+    shutil.copytree(copy_of_stopped, disk / "out")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for settings in ({"output_dir": disk / "new"}, {"output_dir": disk / "out", "resume_from_checkpoint": "latest"}):
+        run = run_script(
+            "train_full.py", *(f"--{name}={value}" for name, value in (SETTINGS | paths | settings).items())
+        )
+        assert run.returncode == 2
+        folder = settings["output_dir"]
+        assert run.stderr.splitlines()[-1] == (
+            f"train_full.py: error: --output_dir {folder}: cannot write to {folder if folder.exists() else disk}"
+        )
+
+
 @pytest.fixture
 def largest_file():
     """A function that sets how many bytes a file can have."""

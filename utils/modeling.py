@@ -30,7 +30,11 @@ def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> Pr
     ):
         raise UserError(f"--{setting} {name_or_path}: no tokenizer in this folder")  # transformers would invent one
     with explain_hub_errors(setting, name_or_path, "model"):
-        return AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if tokenizer.is_fast:  # as tokenising would leave it, which a warm cache spares: both are part of what is exported
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def load_model(
