@@ -18,6 +18,7 @@ from utils.config import EvaluationConfig, UserError
 from utils.data import fingerprint, group_by_dialogue, load_rows, read_file
 from utils.generation import summarize_with_models
 from utils.launching import run_script
+from utils.partial_texts import remove_batches
 from utils.predictions import load_predictions
 from utils.report import show_report
 from utils.scoring import write_results
@@ -45,18 +46,20 @@ def main(config: EvaluationConfig):
         shown = {name: of_model.get(example["dialogue"], "(not scored)") for name, of_model in by_dialogue.items()}
     else:
         summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
-        predictions = {name: of_model[:-1] for name, of_model in summaries.items()}
-        shown = {name: of_model[-1] for name, of_model in summaries.items()}
+        predictions = {name: [summary.text for summary in of_model[:-1]] for name, of_model in summaries.items()}
+        truncated = {name: [summary.truncated for summary in of_model[:-1]] for name, of_model in summaries.items()}
+        shown = {name: of_model[-1].text for name, of_model in summaries.items()}
     if config.demo:
         # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
         predictions["random"] = random_training_summaries(load_rows(config, "train"), texts, config.seed)
 
-    clear_output_dir(accelerator, config, "predictions.jsonl", "results.json", "report.md")
+    clear_output_dir(accelerator, config, "predictions.jsonl", "results.json", "report.html", "report.md")
     if accelerator.is_main_process:
         results = {"example": example | {"texts": shown}, "data_fingerprint": fingerprint(rows)}
         if facts:
             results["facts"] = {name: score_facts(of_model, facts) for name, of_model in predictions.items()}
         write_results(config, dialogues, predictions, truncated, results)
+        remove_batches(Path(config.output_dir))
         show_report(config)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
     accelerator.end_training()

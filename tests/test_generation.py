@@ -1,37 +1,114 @@
-"""The same summaries and scores on any number of processes and in any batches; each dialogue generated once."""
+"""The same summaries on any number of processes and in any batches, nothing computed twice, and none lost."""
 
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_rows, read_jsonl, run_script
+from conftest import REPOSITORY, make_rows, read_jsonl, run_script
+from generation_worker import MODES, load_dialogues
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
-from utils.config import EvaluationConfig
-from utils.generation import generate_summaries
+from utils.config import EvaluationConfig, UserError
+from utils.decoding import build_sampler, decode_batch
+from utils.generation import cut_batches, generate_summaries
 from utils.modeling import load_model, load_tokenizer
+from utils.partial_texts import read_batches
 from utils.prompting import build_prompt
 
 
-def generate(flan_t5, dialogues, **settings):
-    config = EvaluationConfig(max_new_tokens=12, **settings)
-    model = load_model(str(flan_t5), "sdpa", torch.float32)
-    return generate_summaries(Accelerator(), model, load_tokenizer(str(flan_t5)), dialogues, config, "model")
+@pytest.fixture(scope="module")
+def unsure_model(tmp_path_factory) -> Path:
+    """The demo's model with its head made smaller: texts end, and beams and sampling differ from the greedy ones."""
+    folder = tmp_path_factory.mktemp("unsure")
+    model = load_model(str(REPOSITORY / "demo" / "model"), "sdpa", torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.3
+    model.save_pretrained(folder)
+    load_tokenizer(str(REPOSITORY / "demo" / "model")).save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_summaries_are_those_of_one_prompt_at_a_time(flan_t5, num_beams):
-    dialogues = [row["dialogue"] for row in make_rows(7)]
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(flan_t5), AutoTokenizer.from_pretrained(flan_t5)
+def generate(folder: Path, dialogues: list[str], **settings):
+    config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": f"{folder}/not-made"} | settings))
+    model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
+    return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, f"model={folder}", {})
+
+
+@pytest.mark.parametrize("settings", [MODES["greedy"], MODES["beams"], {"max_new_tokens": 40}])
+def test_summaries_are_those_of_one_prompt_at_a_time(unsure_model, settings):
+    dialogues = load_dialogues()
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(unsure_model), AutoTokenizer.from_pretrained(unsure_model)
     expected = []
     for dialogue in dialogues:
         inputs = tokenizer(build_prompt(dialogue), return_tensors="pt").input_ids
-        output = model.generate(inputs, max_new_tokens=12, num_beams=num_beams, do_sample=False)
-        expected.append(tokenizer.decode(output[0], skip_special_tokens=True).strip())
-    assert len(set(expected)) > 3
+        ids = model.generate(inputs, do_sample=False, **({"max_new_tokens": 12} | settings))[0]
+        expected.append((tokenizer.decode(ids, skip_special_tokens=True).strip(), tokenizer.eos_token_id not in ids))
+    assert len({text for text, _ in expected}) > 8
+    assert {truncated for _, truncated in expected} == {True, False} or settings.get("max_new_tokens") == 40
     for size in (1, 3, 32):
-        assert generate(flan_t5, dialogues, num_beams=num_beams, per_device_eval_batch_size=size) == expected
+        assert generate(unsure_model, dialogues, per_device_eval_batch_size=size, **settings) == expected
+
+
+def test_a_sampled_text_depends_on_seed_and_prompt_alone(unsure_model):
+    dialogues = load_dialogues()
+    sampled = generate(unsure_model, dialogues, **MODES["sampled"])
+    assert len(set(sampled)) > 8 and sampled != generate(unsure_model, dialogues)
+    assert generate(unsure_model, dialogues[::-1], per_device_eval_batch_size=1, **MODES["sampled"]) == sampled[::-1]
+    assert generate(unsure_model, dialogues[5:6], **MODES["sampled"]) == sampled[5:6]
+    assert generate(unsure_model, dialogues, seed=1, **MODES["sampled"]) != sampled
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # the squares, which is what 1 / 0.5 makes of them
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),  # 0.4 + 0.3 falls short of 0.75
+        ({"top_k": 3, "top_p": 0.5, "temperature": 0.5}, [1, 0, 0, 0]),  # after the others, it has 16 / 29
+    ],
+)
+def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(settings, expected):
+    order = [2, 0, 3, 1]  # the likeliest token is not the first
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[torch.tensor(order).argsort()].expand(9000, 4)
+    numbers = torch.zeros(9000, 3, dtype=torch.float64)
+    numbers[:, 2] = (torch.arange(9000) + 0.5) / 9000
+    sampler = build_sampler(numbers, EvaluationConfig(do_sample=True, **settings))
+    scores = sampler(torch.zeros(9000, 3, dtype=torch.long), logits)  # three tokens are there: the third number's turn
+    assert scores.isfinite().sum(dim=1).eq(1).all()
+    shares = torch.bincount(scores.argmax(dim=1), minlength=4) / 9000
+    assert shares[order].tolist() == pytest.approx(expected, abs=2 / 9000)
+
+
+def test_texts_that_have_ended_cost_nothing(unsure_model):
+    """Counted where the decoder computes: rows x steps, against the texts' own lengths."""
+    model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()]).input_ids
+    num_computed, num_encoded = [], []
+    model.decoder.register_forward_pre_hook(
+        lambda _, __, inputs: num_computed.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    model.encoder.register_forward_pre_hook(
+        lambda _, __, inputs: num_encoded.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    decoded = decode_batch(model, prompts, EvaluationConfig(max_new_tokens=40))
+    lengths = [len(ids) for ids, _ in decoded]
+    num_tokens, num_in_one_go = sum(lengths), len(lengths) * max(lengths)
+    assert num_tokens < 0.6 * num_in_one_go, "texts of about one length prove nothing"
+    assert num_tokens <= sum(num_computed) < 1.15 * num_tokens
+    assert sum(num_encoded) == len(prompts)
+    num_encoded.clear()
+    decode_batch(model, prompts, EvaluationConfig(max_new_tokens=4, num_beams=4))
+    assert sum(num_encoded) == len(prompts)  # once, and not once for each beam
 
 
 def test_a_repeated_dialogue_is_generated_once(flan_t5, monkeypatch):
@@ -40,12 +117,47 @@ def test_a_repeated_dialogue_is_generated_once(flan_t5, monkeypatch):
     original = T5ForConditionalGeneration.generate
 
     def count(model, **inputs):
-        num_prompts.append(len(inputs["input_ids"]))
+        num_prompts.append(len(inputs["attention_mask"]))
         return original(model, **inputs)
 
     monkeypatch.setattr(T5ForConditionalGeneration, "generate", count)
     assert generate(flan_t5, dialogues * 3) == generate(flan_t5, dialogues) * 3
     assert num_prompts == [5, 5]
+
+
+def test_batches_are_bounded_by_tokens_and_hold_each_prompt_once():
+    lengths = [*range(20, 1020, 2), 1000]
+    for size, num_beams in itertools.product((4, 32), (1, 4)):
+        config = EvaluationConfig(per_device_eval_batch_size=size, num_beams=num_beams, max_new_tokens=24)
+        batches = cut_batches(lengths, config)
+        assert sorted(itertools.chain(*batches)) == list(range(501))
+        longest = [max(lengths[index] for index in batch) for batch in batches]
+        assert longest == sorted(longest, reverse=True)
+        tokens = [num_beams * len(batch) * (top + 24) for batch, top in zip(batches, longest, strict=True)]
+        assert max(tokens) <= max(size, num_beams) * (1018 + 24)
+    assert 16 <= len(cut_batches(lengths, EvaluationConfig(per_device_eval_batch_size=1000))) <= 24
+    assert len(cut_batches(lengths[:10], EvaluationConfig())) == 2  # few prompts are not torn into more
+
+
+def test_one_two_and_three_processes_give_the_same_texts(unsure_model, tmp_path):
+    results = []
+    for num_processes in (1, 2, 3):
+        folder = tmp_path / str(num_processes)
+        folder.mkdir()
+        run = run_script(
+            "tests/generation_worker.py", unsure_model, folder,
+            num_processes=num_processes, PYTHONPATH=os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        results.append(json.loads((folder / "results.json").read_text()))
+        for mode in MODES:  # each process had a share
+            files = list((folder / mode).glob("predictions.partial-*.jsonl"))
+            assert len(files) == num_processes
+            assert sum(path.read_text().count('"key"') for path in files) >= 5
+    assert [result.pop("num_processes") for result in results] == [1, 2, 3]
+    assert results[0] == results[1] == results[2]
+    texts = [[text for text, _ in results[0][mode]] for mode in MODES]
+    assert texts[0] != texts[1] != texts[2] != texts[0]
 
 
 def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
@@ -57,18 +169,94 @@ def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
             num_processes=num_processes,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
+        assert not list(folder.glob("*.partial*"))
     one, two = ((folder / "predictions.jsonl").read_text() for folder in folders)
     assert one == two
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
     assert [result["num_processes"] for result in results] == [1, 2]
     assert results[0]["models"] == results[1]["models"] and results[0]["comparisons"] == results[1]["comparisons"]
     predictions = read_jsonl(folders[0] / "predictions.jsonl")
-    assert [(row["id"], row["model"], len(row["references"])) for row in predictions] == [
-        (f"test_{index}_1", model, 3) for model in ("a", "b") for index in range(4)
+    assert [(row["id"], row["model"], len(row["references"]), row["truncated"]) for row in predictions] == [
+        (f"test_{index}_1", model, 3, True) for model in ("a", "b") for index in range(4)
     ]
-    assert results[0]["comparisons"]["a_vs_b"]["max"]["rougeL"] == {
-        "difference": 0,
-        "low": 0,
-        "high": 0,
-        "p_value": 1,
-    }
+    difference = results[0]["comparisons"]["a_vs_b"]["max"]["rougeL"]
+    assert (difference["difference"], difference["low"], difference["high"]) == (0, 0, 0)
+
+
+def test_a_killed_generation_goes_on_where_it_stopped(unsure_model, tmp_path):
+    def command(output_dir: Path, *words: str) -> list[str]:
+        return [
+            sys.executable, "evaluate_rouge.py", "--demo", "--models", f"a={unsure_model}", "b=demo/model",
+            "--per_device_eval_batch_size", "1", "--output_dir", str(output_dir), *words,
+        ]  # fmt: skip
+
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    run = partial(subprocess.run, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    whole = run(command(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert "from an earlier run" not in whole.stderr
+    killed = tmp_path / "killed"
+    partial_file = killed / "predictions.partial-0.jsonl"
+    process = subprocess.Popen(command(killed), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+    while not (partial_file.exists() and partial_file.read_text().count('"key"') >= 15):
+        assert process.poll() is None, "it was over before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = [line for line in partial_file.read_text().split("\n") if line]
+    assert len(lines) < 82 and not (killed / "predictions.jsonl").exists()  # 41 prompts, one a batch, twice
+    with partial_file.open("a") as file:
+        file.write("\n" + lines[-1][:40])  # torn
+    num_whole = sum(line.endswith("}") for line in lines)
+
+    again = run(command(killed))
+    assert again.returncode == 0, again.stderr
+    num_kept = sum(int(line.split()[1]) for line in again.stderr.splitlines() if "from an earlier run" in line)
+    assert num_kept == num_whole
+    assert (killed / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert not partial_file.exists()
+    # A report that is there is not replaced unasked.
+    refused = run(command(killed))
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+
+
+@pytest.mark.parametrize("change", ["max_new_tokens", "weights", "dialogue", "nothing"])
+def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path, change):
+    dialogues = [row["dialogue"] for row in make_rows(3)]
+    settings = {"output_dir": str(tmp_path), "per_device_eval_batch_size": 1}
+    generate(flan_t5, dialogues, **settings)
+    kept = read_batches(Accelerator(), tmp_path)
+    assert len(kept) == 3
+    kept = {key: [summary._replace(text="kept") for summary in batch] for key, batch in kept.items()}
+    model, tokenizer = load_model(str(flan_t5), "sdpa", torch.float32), load_tokenizer(str(flan_t5))
+    if change == "weights":
+        with torch.no_grad():
+            model.decoder.block[1].layer[2].DenseReluDense.wo.weight[3, 5] += 1e-6
+    elif change == "dialogue":
+        dialogues[0] += "!"
+    elif change == "max_new_tokens":
+        settings["max_new_tokens"] = 13
+    config = EvaluationConfig(**({"max_new_tokens": 12} | settings))
+    texts = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, f"model={flan_t5}", kept)
+    num_kept = sum(summary.text == "kept" for summary in texts)
+    assert num_kept == {"nothing": 3, "dialogue": 2}.get(change, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, "--temperature must be positive"),
+        ({"do_sample": True, "top_p": 1.5}, "--top_p must be above 0"),
+        ({"do_sample": True, "top_k": -1}, "--top_k must not"),
+        ({"top_k": 5}, "--top_k 5 changes nothing without --do_sample"),
+        ({"length_penalty": 2.0}, "--length_penalty 2.0 changes nothing without --num_beams"),
+        ({"length_penalty": float("nan"), "num_beams": 2}, "--length_penalty must be a number"),
+        ({"do_sample": True, "num_beams": 2}, "--do_sample draws one text"),
+        ({"ctranslate2_compute_type": "int8"}, "changes nothing without --generation_backend"),
+        ({"do_sample": True, "generation_backend": "ctranslate2"}, "--do_sample needs"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(UserError) as error:
+        EvaluationConfig(**settings)
+    assert message in str(error.value)

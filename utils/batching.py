@@ -203,6 +203,11 @@ def collate(examples: dict[str, list], pad_token_id: int) -> dict[str, torch.Ten
     }
 
 
-def deal(items: list, rank: int, world: int) -> list:
-    """This process's share of the items."""
-    return items[rank::world]
+def deal(items: list, costs: list[float], rank: int, world: int) -> list:
+    """This process's share of the items: each, costliest first, goes to the process that has the least so far."""
+    shares, total_costs = [[] for _ in range(world)], [0.0] * world
+    for index in sorted(range(len(items)), key=lambda index: -costs[index]):
+        least = total_costs.index(min(total_costs))
+        shares[least].append(items[index])
+        total_costs[least] += costs[index]
+    return shares[rank]

@@ -126,6 +126,13 @@ class LoraTrainingConfig(TrainingConfig):
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = setting(0.1, "dropout on the adapter's input")
     lora_target_modules: list[str] = setting(["q", "v"], "names of the linear layers that get an adapter")
+    use_rslora: bool = setting(False, "scale the adapter's output by lora_alpha / sqrt(lora_r) instead")
+    use_dora: bool = setting(False, "DoRA: train the length of each row of an adapted weight apart from its direction")
+    loraplus_lr_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of the adapter's B matrices is this many times that of its A matrices"
+    )
+    load_in_4bit: bool = setting(False, "hold the frozen weights in 4 bits, on a GPU: requirements-4bit.txt")
+    merge_into: str | None = setting(None, "folder for base and adapter merged into one full model, in fp32")
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,6 +140,12 @@ class LoraTrainingConfig(TrainingConfig):
             require_positive(self, name)
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        if self.loraplus_lr_ratio is not None and not 1 <= self.loraplus_lr_ratio < math.inf:
+            raise UserError(f"--loraplus_lr_ratio must be at least 1, got {self.loraplus_lr_ratio}")
+        if self.load_in_4bit and self.mixed_precision != "bf16":
+            raise UserError("--load_in_4bit computes in bf16: leave --mixed_precision at bf16")
+        if self.merge_into == "":
+            raise UserError("--merge_into is empty: a folder for the merged model")
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,17 @@ class EvaluationConfig(DataConfig):
     max_eval_samples: int | None = setting(None, "score the first N rows only")
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
+    length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
+    do_sample: bool = setting(False, "draw each token; a text depends on seed and dialogue, not on the batch")
+    temperature: float = setting(1.0, "with --do_sample: what the logits are divided by")
+    top_k: int = setting(0, "with --do_sample: draw from the K likeliest tokens; 0 is all")
+    top_p: float = setting(1.0, "with --do_sample: draw from the likeliest tokens that have this probability together")
+    generation_backend: Literal["transformers", "ctranslate2"] = setting(
+        "transformers", "ctranslate2 converts each model once and is faster: requirements-ctranslate2.txt"
+    )
+    ctranslate2_compute_type: Literal["float32", "bfloat16", "float16", "int8"] = setting(
+        "float32", "precision of ctranslate2's weights; what the device lacks is refused"
+    )
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
@@ -165,12 +189,35 @@ class EvaluationConfig(DataConfig):
             require_positive(self, name)
         if self.example_index < 0:
             raise UserError(f"--example_index must not be negative, got {self.example_index}")
+        self.check_decoding()
         names = [model.partition("=")[0] for model in self.models]
         for model, name in zip(self.models, names, strict=True):
             if not name or not model.partition("=")[2]:
                 raise UserError(f"--models takes NAME=PATH_OR_HUB_ID, got {model!r}")
             if names.count(name) > 1:
                 raise UserError(f"--models names {name!r} twice")
+
+    def check_decoding(self):
+        require_positive(self, "temperature")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"--length_penalty must be a number, got {self.length_penalty}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"--top_k must not be negative, got {self.top_k}")
+        if self.do_sample and self.num_beams > 1:
+            raise UserError("--do_sample draws one text: leave --num_beams at 1")
+        if self.do_sample and self.generation_backend == "ctranslate2":
+            raise UserError("--do_sample needs --generation_backend transformers: ctranslate2 has no seed per text")
+        for name, needed, given in (
+            ("length_penalty", "--num_beams above 1", self.num_beams > 1),
+            ("temperature", "--do_sample", self.do_sample),
+            ("top_k", "--do_sample", self.do_sample),
+            ("top_p", "--do_sample", self.do_sample),
+            ("ctranslate2_compute_type", "--generation_backend ctranslate2", self.generation_backend == "ctranslate2"),
+        ):
+            if getattr(self, name) != self.__dataclass_fields__[name].default and not given:
+                raise UserError(f"--{name} {getattr(self, name)} changes nothing without {needed}")
 
 
 def require_positive(config: DataConfig, name: str):

@@ -1,32 +1,47 @@
 """Summaries of dialogues, generated once per distinct dialogue and shared out over the processes."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version as find_version
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.batching import deal
+from utils.batching import deal, micro_batch_cost
 from utils.config import EvaluationConfig
-from utils.data import tokenize_prompts
+from utils.ctranslate import check_ctranslate2, load_translator, translate_batch
+from utils.data import describe_tokenizer, fingerprint, tokenize_prompts
+from utils.decoding import decode_batch
 from utils.modeling import check_folder, load_model, load_tokenizer
+from utils.partial_texts import Summary, append_batch, hash_model, read_batches
 
 logger = logging.getLogger(__name__)
+NUM_BATCHES = 16
+# What the texts follow from, beside model, prompt and versions.
+DECODING_SETTINGS = (
+    "attn_implementation", "max_new_tokens", "num_beams", "length_penalty",
+    "do_sample", "temperature", "top_k", "top_p", "generation_backend", "ctranslate2_compute_type",
+)  # fmt: skip
 
 
 def summarize_with_models(
     accelerator: Accelerator, texts: list[str], config: EvaluationConfig
-) -> dict[str, list[str]]:
-    """`summaries[model]`, a text for each of `texts`; one model after the other is in memory."""
+) -> dict[str, list[Summary]]:
+    """`summaries[model]`, one for each of `texts`; one model after the other is in memory."""
     models = dict(model.split("=", maxsplit=1) for model in config.models)
     for name, path in models.items():
         script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
         flags = " --demo" if config.demo else ""
         check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
+    if config.generation_backend == "ctranslate2":
+        check_ctranslate2(accelerator, config)
     tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
+    kept = read_batches(accelerator, Path(config.output_dir))
     summaries = {}
     for name, path in models.items():
         # Not bound to a name here, so that it is gone before the next one is loaded.
@@ -36,7 +51,8 @@ def summarize_with_models(
             tokenizers[name],
             texts,
             config,
-            name,
+            f"{name}={path}",
+            kept,
         )
     return summaries
 
@@ -47,12 +63,11 @@ def generate_summaries(
     tokenizer: PreTrainedTokenizerBase,
     dialogues: list[str],
     config: EvaluationConfig,
-    name: str,
-) -> list[str]:
-    """A summary of each dialogue, on every process.
-
-    The batches do not depend on the number of processes, only who computes them does: so the texts do not either.
-    """
+    name_and_path: str,
+    kept: dict[str, list[Summary]],
+) -> list[Summary]:
+    """A summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
+    name, _, path = name_and_path.partition("=")
     distinct = list(dict.fromkeys(dialogues))
     prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length)
     num_cut = sum(length > config.max_source_length for length in lengths)
@@ -60,43 +75,91 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
-    model.to(accelerator.device).eval()
-    texts = generate_texts(
-        accelerator, model, tokenizer, prompt_ids, config.per_device_eval_batch_size, config.max_new_tokens,
-        config.num_beams, name,
-    )  # fmt: skip
-    summaries = dict(zip(distinct, texts, strict=True))
-    return [summaries[dialogue] for dialogue in dialogues]
+    origin = fingerprint(
+        hash_model(model),
+        describe_tokenizer(tokenizer),
+        {setting: getattr(config, setting) for setting in DECODING_SETTINGS},
+        config.seed if config.do_sample else None,
+        [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")],
+        find_version("ctranslate2") if config.generation_backend == "ctranslate2" else None,
+        accelerator.device.type,
+    )
+    if config.generation_backend == "ctranslate2":
+        translator = load_translator(accelerator, model, tokenizer, path, config.ctranslate2_compute_type)
+        decode = partial(translate_batch, translator, tokenizer, config=config)
+    else:
+        decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
+    summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
+    by_dialogue = dict(zip(distinct, summaries, strict=True))
+    return [by_dialogue[dialogue] for dialogue in dialogues]
 
 
-@torch.no_grad()
 def generate_texts(
     accelerator: Accelerator,
-    model: PreTrainedModel,
+    decode: Callable[[list[list[int]]], list[tuple[list[int], bool]]],
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
-    batch_size: int,
-    max_new_tokens: int,
-    num_beams: int = 1,
+    config: EvaluationConfig,
     name: str | None = None,
-) -> list[str]:
-    """A text for each prompt, on every process; with a name, progress is shown."""
-    longest_first = sorted(range(len(prompt_ids)), key=lambda index: (-len(prompt_ids[index]), index))
-    batches = [longest_first[start : start + batch_size] for start in range(0, len(longest_first), batch_size)]
-    mine = deal(batches, accelerator.process_index, accelerator.num_processes)
-    texts = []
-    for batch in tqdm(mine, desc=name, unit="batch", disable=not (name and accelerator.is_main_process)):
-        input_ids = [torch.tensor(prompt_ids[index]) for index in batch]
-        padded = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-        mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
-        output_ids = model.generate(
-            input_ids=padded.to(accelerator.device),
-            attention_mask=mask.to(accelerator.device),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-        )
-        texts += zip(batch, tokenizer.batch_decode(output_ids, skip_special_tokens=True), strict=True)
-    # By index and not by order of arrival: processes may have had unequal numbers of batches.
-    by_index = dict(gather_object(texts))
-    return [by_index[index].strip() for index in range(len(prompt_ids))]
+    origin: str | None = None,
+    kept: dict[str, list[Summary]] | None = None,
+) -> list[Summary]:
+    """One for each prompt, on every process; with a name, progress is shown.
+
+    Args:
+        decode: from a batch of prompts to each one's new tokens and whether they were cut at max_new_tokens.
+        origin: a fingerprint of all that the texts follow from, beside the prompts. With it, the batches that are
+            `kept` are not decoded again, and those that are decoded go to a file as they end.
+    """
+    batches = cut_batches(list(map(len, prompt_ids)), config)
+    keys = [fingerprint(origin, [prompt_ids[index] for index in batch]) for batch in batches]
+    done = {key: kept[key] for key in keys if kept and key in kept}
+    if done and accelerator.is_main_process:
+        num_kept = sum(map(len, done.values()))
+        logger.info("%s: %d of %d texts are there from an earlier run", name, num_kept, len(prompt_ids))
+    missing = [number for number, key in enumerate(keys) if key not in done]
+    costs = [
+        micro_batch_cost(len(batches[number]), len(prompt_ids[batches[number][0]]), config.max_new_tokens)
+        for number in missing
+    ]
+    mine = deal(missing, costs, accelerator.process_index, accelerator.num_processes)
+    num_prompts, mine_done = sum(len(batches[number]) for number in mine), {}
+    with tqdm(desc=name, total=num_prompts, disable=not (name and accelerator.is_main_process)) as progress:
+        for number in mine:
+            decoded = decode([prompt_ids[index] for index in batches[number]])
+            texts = tokenizer.batch_decode([ids for ids, _ in decoded], skip_special_tokens=True)
+            summaries = [Summary(text.strip(), cut) for text, (_, cut) in zip(texts, decoded, strict=True)]
+            mine_done[keys[number]] = summaries
+            if origin:
+                append_batch(accelerator, Path(config.output_dir), keys[number], summaries)
+            progress.update(len(summaries))
+    done |= dict(gather_object(list(mine_done.items())))
+    # By index: processes have had other batches, and other numbers of them.
+    by_index = {
+        index: summary
+        for batch, key in zip(batches, keys, strict=True)
+        for index, summary in zip(batch, done[key], strict=True)
+    }
+    return [by_index[index] for index in range(len(prompt_ids))]
+
+
+def cut_batches(lengths: list[int], config: EvaluationConfig) -> list[list[int]]:
+    """Indices of the prompts of each batch, longest first. They do not depend on the number of processes, so the texts
+    do not either.
+
+    A batch is bounded by the tokens that the model's cache may come to hold, padded sources and new ones, of all
+    beams: at most those of per_device_eval_batch_size prompts of full length. There are about NUM_BATCHES, so that
+    several processes can share them out, unless batches of 8 prompts of full length make fewer.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    full = lengths[longest_first[0]] + config.max_new_tokens
+    total = config.num_beams * (sum(lengths) + len(lengths) * config.max_new_tokens)
+    limit = min(config.per_device_eval_batch_size * full, max(8 * full, total / NUM_BATCHES))
+    batches = [[]]
+    for index in longest_first:
+        batch = batches[-1]
+        longest = lengths[batch[0]] + config.max_new_tokens if batch else 0
+        if config.num_beams * (len(batch) + 1) * longest > limit and batch:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
 from utils.checkpointing import Checkpointer
-from utils.config import TrainingConfig, UserError
+from utils.config import EvaluationConfig, TrainingConfig, UserError
+from utils.decoding import decode_batch
 from utils.generation import generate_texts
 from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
 from utils.memory import compute_gradient_in_memory, find_batch_size
@@ -182,13 +183,16 @@ def score_sample(
     """The ROUGE of metric_for_best_model, of greedy summaries of the first 64 validation rows, each row alike."""
     sample = data[:64]
     model.eval()
-    predictions = generate_texts(
-        accelerator, accelerator.unwrap_model(model), tokenizer, sample["input_ids"],
-        config.per_device_eval_batch_size, config.max_target_length,
-    )  # fmt: skip
+    settings = EvaluationConfig(
+        max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.per_device_eval_batch_size
+    )
+    decode = functools.partial(decode_batch, accelerator.unwrap_model(model), config=settings)
+    summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], settings)
     model.train()
     references = [[text] for text in tokenizer.batch_decode(sample["labels"], skip_special_tokens=True)]
-    scores = score_texts(predictions, references, use_stemmer=False)[config.metric_for_best_model]
+    scores = score_texts([summary.text for summary in summaries], references, use_stemmer=False)[
+        config.metric_for_best_model
+    ]
     return {config.metric_for_best_model: float(np.mean(scores))}
 
 

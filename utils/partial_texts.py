@@ -1,0 +1,64 @@
+"""Texts that are generated already, kept in the output folder until the report is written: what was stopped goes on.
+
+Each process appends a line for each finished batch to a file of its own. A line's key says all that the texts follow
+from, so that they are taken up only where the same would come out.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from utils.tracking import append_line
+
+PATTERN = "predictions.partial-*.jsonl"
+
+
+class Summary(NamedTuple):
+    text: str
+    truncated: bool  # cut at max_new_tokens
+
+
+def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summary]]:
+    """The summaries of each batch in the folder, by the batch's key; the same on every process."""
+    batches = {}
+    if accelerator.is_main_process:
+        for path in sorted(folder.glob(PATTERN)):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    entry = json.loads(line)
+                    batches[entry["key"]] = [Summary(*summary) for summary in entry["summaries"]]
+                except (ValueError, TypeError, KeyError):
+                    continue  # empty, or torn when the process was killed
+    return broadcast_object_list([batches])[0]
+
+
+def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: list[Summary]):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PATTERN.replace("*", str(accelerator.process_index))
+    # A line break before it as well: the line before may be torn.
+    append_line(path, "\n" + json.dumps({"key": key, "summaries": summaries}, ensure_ascii=False))
+
+
+def remove_batches(folder: Path):
+    """To be called once the texts are in predictions.jsonl."""
+    for path in folder.glob(PATTERN):
+        path.unlink()
+
+
+def hash_model(model: PreTrainedModel) -> str:
+    """A SHA-256 of the model's settings, but for where it came from, and of every bit of its weights."""
+    settings = model.config.to_dict() | {"generation": model.generation_config.to_dict()}
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+        settings["generation"].pop(name, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
