@@ -223,3 +223,85 @@ def test_goes_on_under_another_strategy(inputs, runs, tmp_path, first, second, k
     assert "the same training to rounding, not to the bit" in run.stderr
     ours, expected = (load_file(folder / WEIGHTS[kind]) for folder in (resumed, finished))
     assert relative_difference(ours, expected) < 5e-6
+
+
+def test_zero3_loads_in_parts(tmp_path):
+    """Process 1 never holds the whole model, as it does under DDP; the head, which T5 under ZeRO-3 would lose to the
+    embedding, is the checkpoint's."""
+    model = write_flan_t5(tmp_path / "large", d_model=512, d_kv=64, num_heads=8, d_ff=1024, num_layers=12)
+    write_flan_t5(tmp_path / "large-tiny")
+    weights = load_file(model / "model.safetensors")
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
+    whole_mib = 4 * num_parameters / 2**20
+    took = {}
+    for strategy in ("ddp", "deepspeed_zero3"):
+        run = launch(strategy, "tests/load_worker.py", model)
+        assert run.returncode == 0, run.stderr
+        reports = [json.loads(line.partition("REPORT ")[2]) for line in run.stdout.splitlines() if "REPORT " in line]
+        assert sorted(report["rank"] for report in reports) == [0, 1]
+        for report in reports:
+            assert report["num_parameters"] == num_parameters
+            for name, key in (("lm_head.weight", "head"), ("shared.weight", "embedding")):
+                assert report[key] == pytest.approx(float(weights[name].double().sum()), abs=1e-6)
+            took[strategy, report["rank"]] = report["took_mib"]
+    assert took["ddp", 1] > 0.9 * whole_mib
+    assert took["deepspeed_zero3", 1] < 0.9 * whole_mib  # a half, and what the allocator keeps: 0.78 was measured
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_bf16_is_autocast_over_fp32_weights(inputs, tmp_path, strategy):
+    """As on one process: fp32 is exported, nearer to a one-process bf16 run than that is to an fp32 one."""
+    moved = {}
+    for name, launcher, precision in (
+        ("ours", strategy, "bf16"),
+        ("bf16", "one process", "bf16"),
+        ("fp32", "one process", "no"),
+    ):
+        run = launch(launcher, *words("full", inputs, tmp_path / name, "--mixed_precision", precision))
+        assert run.returncode == 0, run.stderr
+        before, after = (
+            load_file(inputs["model"] / "model.safetensors"),
+            load_file(tmp_path / name / "model.safetensors"),
+        )
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+        moved[name] = {key: after[key] - before[key] for key in before}
+    assert relative_difference(moved["ours"], moved["bf16"]) < 0.5 * relative_difference(moved["bf16"], moved["fp32"])
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_a_loss_that_is_not_finite(inputs, tmp_path, strategy):
+    """The model before it is kept, and those who could be to blame are named."""
+    model = shutil.copytree(inputs["model"], tmp_path / "model")
+    run = launch(
+        strategy,
+        *words(
+            "full", inputs | {"model": model}, tmp_path / "out", "--learning_rate", "1e30", "--max_grad_norm", "1e30"
+        ),
+    )
+    assert run.returncode != 0
+    (line,) = [line for line in run.stderr.splitlines() if "train_full.py: error: " in line]
+    assert "the loss is not finite in micro-batches of row_" in line and "the model after " in line
+    kept = load_file(tmp_path / "out" / "last_good_model" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero1", "fsdp2"])
+def test_what_needs_whole_models_is_refused(inputs, tmp_path, strategy):
+    for setting, value in (("--per_device_train_batch_size", "auto"), ("--metric_for_best_model", "rouge1")):
+        run = launch(strategy, *words("full", inputs, tmp_path / "out", setting, value))
+        assert run.returncode != 0 and f"train_full.py: error: {setting} {value} " in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_a_stop_file(inputs, runs, tmp_path, strategy):
+    """Both processes stop at the next update, and the run goes on to the same end."""
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    # Removed at the start of a run; --max_time stops it at its first update.
+    run = launch(strategy, *words("full", inputs, output_dir, "--max_time", "00:00:01", "--max_train_steps", "4"))
+    assert "stopped after step" in run.stderr, run.stderr
+    run = launch(strategy, *words("full", inputs, output_dir, "--resume_from_checkpoint", "latest"))
+    assert run.returncode == 0, run.stderr
+    ours, expected = (load_file(folder / WEIGHTS["full"]) for folder in (output_dir, runs(strategy, "full")))
+    assert [name for name in expected if not ours[name].equal(expected[name])] == []

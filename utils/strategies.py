@@ -20,6 +20,15 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from utils.config import TrainingConfig, UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed's own are for models of many billions of parameters: 2 GB of fp32 a bucket, and 4 GB of weights that ZeRO-3
+# keeps whole. In numbers of parameters.
+BUCKETS = {
+    "reduce_bucket_size": 20_000_000,
+    "allgather_bucket_size": 20_000_000,
+    "stage3_prefetch_bucket_size": 20_000_000,
+    "stage3_max_live_parameters": 50_000_000,
+    "stage3_max_reuse_distance": 50_000_000,
+}
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -79,6 +88,8 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
         deepspeed_config["torch_autocast"] = {
             "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []
         }  # fmt: skip
+    for name, value in BUCKETS.items():
+        deepspeed_config["zero_optimization"].setdefault(name, value)
     deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # the script's AdamW, also where its moments are offloaded
 
 

@@ -1,0 +1,44 @@
+"""Print how many MiB loading a model takes on this process: `load_worker.py MODEL`, under any launcher."""
+
+import json
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.config import TrainingConfig
+from utils.launching import start_accelerator
+from utils.modeling import count_parameters, load_model
+from utils.strategies import gather_tensor
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = start_accelerator(TrainingConfig(mixed_precision="no", output_dir=folder))
+        tiny = load_model(sys.argv[1] + "-tiny", "sdpa", torch.float32)  # the libraries' own share
+        accelerator.wait_for_everyone()
+        before = peak()
+        model = load_model(sys.argv[1], "sdpa", torch.float32)
+        for parameter in model.parameters():  # what is read from a mapped file counts once it has been looked at
+            parameter.detach().sum()
+        took = peak() - before
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        report = {
+            "rank": accelerator.process_index,
+            "took_mib": took,
+            "num_parameters": count_parameters(model)[0],
+            "head": float(gather_tensor(head).double().sum()),
+            "embedding": float(gather_tensor(embedding).double().sum()),
+        }
+        sys.stdout.write(f"REPORT {json.dumps(report)}\n")
+        sys.stdout.flush()
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
