@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY, make_rows, read_jsonl, run_script
-from generation_worker import MODES, load_dialogues
+from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
 from utils.config import EvaluationConfig, UserError
@@ -27,14 +27,7 @@ from utils.prompting import build_prompt
 
 @pytest.fixture(scope="module")
 def unsure_model(tmp_path_factory) -> Path:
-    """The demo's model with its head made smaller: texts end, and beams and sampling differ from the greedy ones."""
-    folder = tmp_path_factory.mktemp("unsure")
-    model = load_model(str(REPOSITORY / "demo" / "model"), "sdpa", torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight *= 0.3
-    model.save_pretrained(folder)
-    load_tokenizer(str(REPOSITORY / "demo" / "model")).save_pretrained(folder)
-    return folder
+    return write_unsure_model(tmp_path_factory.mktemp("unsure"))
 
 
 def generate(folder: Path, dialogues: list[str], **settings):

@@ -16,6 +16,7 @@ from utils.config import EvaluationConfig, UserError
 from utils.partial_texts import hash_model
 
 ENCODER_TOKENS = 2048
+MODEL_TYPES = ("t5", "mt5", "umt5")  # its converter does not know transformers 5's BART
 
 
 def check_ctranslate2(accelerator: Accelerator, config: EvaluationConfig):
@@ -47,10 +48,9 @@ def load_translator(
     import ctranslate2
     from ctranslate2.converters.transformers import _MODEL_LOADERS
 
-    loader = _MODEL_LOADERS.get(type(model.config).__name__)
-    if loader is None:
-        kind = f"{name_or_path}, a {model.config.model_type} model"
-        raise UserError(f"--generation_backend ctranslate2: cannot convert {kind}; use transformers")
+    if model.config.model_type not in MODEL_TYPES:
+        kind = f"{name_or_path}, a {model.config.model_type} model, only {', '.join(MODEL_TYPES)}"
+        raise UserError(f"--generation_backend ctranslate2: does not convert {kind}; use transformers")
     # Beside the model; or in the hub's cache, for a model from there and for a folder that cannot be written to.
     is_own_folder = Path(name_or_path).is_dir() and os.access(name_or_path, os.W_OK)
     parent = (Path(name_or_path) if is_own_folder else Path(HF_HUB_CACHE)) / "ctranslate2"
@@ -60,7 +60,7 @@ def load_translator(
             # Not by its own converter, which reads a model from disk: ours is in memory, with its adapter merged and
             # a config that tells whether the head is tied, which transformers 5 forgets when it reads one.
             with torch.no_grad():
-                write_spec(loader(model, tokenizer), folder)
+                write_spec(_MODEL_LOADERS[type(model.config).__name__](model, tokenizer), folder)
     device = accelerator.device
     return ctranslate2.Translator(
         str(folder),
@@ -97,6 +97,7 @@ def translate_batch(
         length_penalty=config.length_penalty,
         patience=2,  # at 1 the search ends with the first beams that do, where transformers looks for better ones
         max_input_length=0,  # no limit: they are cut already
+        min_decoding_length=0,  # a text may be empty
         max_decoding_length=config.max_new_tokens,
         return_end_token=True,
         max_batch_size=ENCODER_TOKENS,
