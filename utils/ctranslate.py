@@ -13,7 +13,6 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig, UserError
-from utils.partial_texts import hash_model
 
 ENCODER_TOKENS = 2048
 MODEL_TYPES = ("t5", "mt5", "umt5")  # its converter does not know transformers 5's BART
@@ -42,9 +41,10 @@ def load_translator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name_or_path: str,
-    compute_type: str,
+    content: str,
+    config: EvaluationConfig,
 ) -> Any:
-    """A ctranslate2.Translator of the model, converted unless one of the same content is there already."""
+    """A ctranslate2.Translator of the model, converted unless one of the same `content`, a hash, is there already."""
     import ctranslate2
     from ctranslate2.converters.transformers import _MODEL_LOADERS
 
@@ -54,7 +54,7 @@ def load_translator(
     # Beside the model; or in the hub's cache, for a model from there and for a folder that cannot be written to.
     is_own_folder = Path(name_or_path).is_dir() and os.access(name_or_path, os.W_OK)
     parent = (Path(name_or_path) if is_own_folder else Path(HF_HUB_CACHE)) / "ctranslate2"
-    folder = parent / hash_model(model)[:16]
+    folder = parent / content[:16]
     with accelerator.main_process_first():
         if not folder.is_dir():
             # Not by its own converter, which reads a model from disk: ours is in memory, with its adapter merged and
@@ -66,7 +66,7 @@ def load_translator(
         str(folder),
         device=device.type,
         device_index=device.index or 0,
-        compute_type=compute_type,
+        compute_type=config.ctranslate2_compute_type,
         intra_threads=torch.get_num_threads(),
     )
 
