@@ -100,10 +100,13 @@ def start_processes(**settings: object) -> Accelerator:
             settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         else:
             settings["cpu"] = True
+    deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asks_for("DEEPSPEED") else None
+    refusals = (ValueError, ImportError, OSError, *((AttributeError, TypeError) if deepspeed_file else ()))
     try:
         accelerator = Accelerator(**settings)
-    except (ValueError, ImportError, OSError) as error:  # of the launcher's settings, and a DeepSpeed config's
-        raise UserError(f"the launcher's settings: {error}") from error
+    except refusals as error:
+        where = f"--deepspeed_config_file {deepspeed_file}" if deepspeed_file else "the launcher's settings"
+        raise UserError(f"{where}: {error}") from error
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != num_processes:
         raise UserError(
