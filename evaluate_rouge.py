@@ -11,13 +11,11 @@ python evaluate_rouge.py --help                                       # every se
 
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from demo.facts import random_training_summaries, score_facts
 from utils.config import EvaluationConfig, UserError
 from utils.data import fingerprint, group_by_dialogue, load_rows, read_file
 from utils.generation import summarize_with_models
-from utils.launching import run_script
+from utils.launching import run_script, start_whole_models
 from utils.partial_texts import remove_batches
 from utils.predictions import load_predictions
 from utils.report import show_report
@@ -36,7 +34,7 @@ def main(config: EvaluationConfig):
     example = {"split": config.split, "index": min(config.example_index, len(rows) - 1)}
     example |= rows[example["index"]]
     facts = read_demo_facts(config, dialogues) if config.demo else []
-    accelerator = Accelerator()
+    accelerator = start_whole_models()
 
     truncated = {}
     if config.predictions_file:

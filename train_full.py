@@ -13,7 +13,7 @@ from utils.checkpointing import Checkpointer, describe_run
 from utils.config import TrainingConfig
 from utils.data import fingerprint, load_rows, tokenize_rows
 from utils.launching import run_script, start_accelerator
-from utils.modeling import count_parameters, export_model, load_model, load_tokenizer
+from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
 from utils.report import plot_loss_curve
 from utils.tracking import check_output_dir, start_run
@@ -29,6 +29,7 @@ def main(config: TrainingConfig):
     tokenizer = load_tokenizer(config.model_name_or_path)
     # fp32 weights under bf16 autocast: AdamW's small updates would be lost in bf16 weights.
     model = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
+    check_positions(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

@@ -7,31 +7,28 @@ accelerate launch train_lora.py --train_file my.csv --validation_file dev.csv --
 python train_lora.py --help                                       # every setting
 """
 
-import torch
-
 from utils.checkpointing import Checkpointer, describe_run
 from utils.config import LoraTrainingConfig
 from utils.data import fingerprint, load_rows, tokenize_rows
 from utils.launching import run_script, start_accelerator
-from utils.modeling import add_lora, count_parameters, export_model, load_model, load_tokenizer
+from utils.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
+from utils.modeling import check_positions, count_parameters, export_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
 from utils.report import plot_loss_curve
-from utils.strategies import is_sharded
 from utils.tracking import check_output_dir, start_run
 from utils.training import train
 
 
 def main(config: LoraTrainingConfig):
     check_output_dir(config)
+    check_merge_dir(config)
     train_rows = load_rows(config, "train", config.max_train_samples)
     validation_rows = load_rows(config, "validation", config.max_eval_samples, not config.needs_validation)
     accelerator = start_accelerator(config)
 
     tokenizer = load_tokenizer(config.model_name_or_path)
-    # The frozen base needs no small updates, so half the bytes do, except where it is sharded with the fp32 adapter.
-    is_half = config.mixed_precision == "bf16" and not is_sharded(accelerator)
-    base_dtype = torch.bfloat16 if is_half else torch.float32
-    model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)
+    model = add_lora(load_frozen_base(accelerator, config), config)
+    check_positions(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
@@ -58,6 +55,8 @@ def main(config: LoraTrainingConfig):
     )
     train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config, checkpointer)
     export_model(accelerator, model, tokenizer, config.output_dir)
+    if config.merge_into:
+        merge_adapter(accelerator, tokenizer, train_data, config)
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out

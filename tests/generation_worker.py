@@ -1,4 +1,4 @@
-"""Summaries on one or several processes, for test_generation.py: python generation_worker.py MODEL OUTPUT_FOLDER"""
+"""Summaries on one or several processes, for the tests of generation: python generation_worker.py MODEL OUTPUT_FOLDER"""
 
 import json
 import sys
@@ -23,6 +23,16 @@ def load_dialogues() -> list[str]:
     """Twenty, longest last."""
     dialogues = list(dict.fromkeys(row["dialogue"] for row in read_jsonl(REPOSITORY / "demo" / "test.jsonl")))
     return sorted(dialogues[:20], key=len)
+
+
+def write_unsure_model(folder: Path) -> Path:
+    """The demo's model with its head made smaller: texts end, and beams and sampling differ from the greedy ones."""
+    model = load_model(str(REPOSITORY / "demo" / "model"), "sdpa", torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.3
+    model.save_pretrained(folder)
+    load_tokenizer(str(REPOSITORY / "demo" / "model")).save_pretrained(folder)
+    return folder
 
 
 def main(model_path: str, folder: str):

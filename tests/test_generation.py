@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY, make_rows, read_jsonl, run_script
-from generation_worker import MODES, load_dialogues
+from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
 from utils.config import EvaluationConfig, UserError
@@ -27,14 +27,7 @@ from utils.prompting import build_prompt
 
 @pytest.fixture(scope="module")
 def unsure_model(tmp_path_factory) -> Path:
-    """The demo's model with its head made smaller: texts end, and beams and sampling differ from the greedy ones."""
-    folder = tmp_path_factory.mktemp("unsure")
-    model = load_model(str(REPOSITORY / "demo" / "model"), "sdpa", torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight *= 0.3
-    model.save_pretrained(folder)
-    load_tokenizer(str(REPOSITORY / "demo" / "model")).save_pretrained(folder)
-    return folder
+    return write_unsure_model(tmp_path_factory.mktemp("unsure"))
 
 
 def generate(folder: Path, dialogues: list[str], **settings):
@@ -248,11 +241,11 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
         ({"temperature": 0}, "--temperature must be positive"),
         ({"do_sample": True, "top_p": 1.5}, "--top_p must be above 0"),
         ({"do_sample": True, "top_k": -1}, "--top_k must not"),
-        ({"top_k": 5}, "--top_k 5 changes nothing without --do_sample"),
-        ({"length_penalty": 2.0}, "--length_penalty 2.0 changes nothing without --num_beams"),
+        ({"top_k": 5}, "--top_k must be left at 0 without --do_sample"),
+        ({"length_penalty": 2.0}, "--length_penalty must be left at 1.0 without --num_beams"),
         ({"length_penalty": float("nan"), "num_beams": 2}, "--length_penalty must be a number"),
         ({"do_sample": True, "num_beams": 2}, "--do_sample draws one text"),
-        ({"ctranslate2_compute_type": "int8"}, "changes nothing without --generation_backend"),
+        ({"ctranslate2_compute_type": "int8"}, "must be left at float32 without --generation_backend"),
         ({"do_sample": True, "generation_backend": "ctranslate2"}, "--do_sample needs"),
     ],
 )

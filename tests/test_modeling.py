@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
 from utils.config import LoraTrainingConfig
-from utils.modeling import add_lora, compare_with_folder, count_parameters, export_model, load_model, load_tokenizer
+from utils.lora import add_lora
+from utils.modeling import compare_with_folder, count_parameters, export_model, load_model, load_tokenizer
 
 
 def test_parameters_of_flan_t5_base(tmp_path):

@@ -54,20 +54,22 @@ def read_code(script: str) -> list[str]:
 def test_the_training_scripts_differ_by_what_they_build():
     difference = list(difflib.ndiff(read_code("train_full.py"), read_code("train_lora.py")))
     assert [line[2:] for line in difference if line[0] == "-"] == [
+        "import torch",
         "from utils.config import TrainingConfig",
-        "from utils.modeling import count_parameters, export_model, load_model, load_tokenizer",
+        "from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer",
         "def main(config: TrainingConfig):",
         "    model = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)",
         '    run_script(main, TrainingConfig, "train_full.yaml")',
     ]
     assert [line[2:] for line in difference if line[0] == "+"] == [
         "from utils.config import LoraTrainingConfig",
-        "from utils.modeling import add_lora, count_parameters, export_model, load_model, load_tokenizer",
-        "from utils.strategies import is_sharded",
+        "from utils.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter",
+        "from utils.modeling import check_positions, count_parameters, export_model, load_tokenizer",
         "def main(config: LoraTrainingConfig):",
-        '    is_half = config.mixed_precision == "bf16" and not is_sharded(accelerator)',
-        "    base_dtype = torch.bfloat16 if is_half else torch.float32",
-        "    model = add_lora(load_model(config.model_name_or_path, config.attn_implementation, base_dtype), config)",
+        "    check_merge_dir(config)",
+        "    model = add_lora(load_frozen_base(accelerator, config), config)",
+        "    if config.merge_into:",
+        "        merge_adapter(accelerator, tokenizer, train_data, config)",
         '    run_script(main, LoraTrainingConfig, "train_lora.yaml")',
     ]
 

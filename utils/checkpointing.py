@@ -42,7 +42,8 @@ SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # of an open interval; 
 IDENTITY_SETTINGS = (
     "total_train_batch_size", "seed", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_ratio",
     "max_grad_norm", "max_source_length", "max_target_length", "mixed_precision", "metric_for_best_model",
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "loraplus_lr_ratio",
+    "load_in_4bit",
 )  # fmt: skip
 
 
@@ -58,7 +59,9 @@ def fingerprint_model(model: torch.nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             parameter = gather_tensor(parameter)
-            bits = parameter.contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+            bits = parameter.contiguous().view(
+                {1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.element_size()]
+            )
             digest.update(f"{name} {tuple(parameter.shape)} {bits.sum(dtype=torch.int64).item()}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -216,8 +216,9 @@ class EvaluationConfig(DataConfig):
             ("top_p", "--do_sample", self.do_sample),
             ("ctranslate2_compute_type", "--generation_backend ctranslate2", self.generation_backend == "ctranslate2"),
         ):
-            if getattr(self, name) != self.__dataclass_fields__[name].default and not given:
-                raise UserError(f"--{name} {getattr(self, name)} changes nothing without {needed}")
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default and not given:
+                raise UserError(f"--{name} must be left at {default} without {needed}, got {getattr(self, name)}")
 
 
 def require_positive(config: DataConfig, name: str):

@@ -13,9 +13,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig, UserError
-from utils.partial_texts import hash_model
 
 ENCODER_TOKENS = 2048
+MODEL_TYPES = ("t5", "mt5", "umt5")  # its converter does not know transformers 5's BART
 
 
 def check_ctranslate2(accelerator: Accelerator, config: EvaluationConfig):
@@ -41,32 +41,32 @@ def load_translator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name_or_path: str,
-    compute_type: str,
+    content: str,
+    config: EvaluationConfig,
 ) -> Any:
-    """A ctranslate2.Translator of the model, converted unless one of the same content is there already."""
+    """A ctranslate2.Translator of the model, converted unless one of the same `content`, a hash, is there already."""
     import ctranslate2
     from ctranslate2.converters.transformers import _MODEL_LOADERS
 
-    loader = _MODEL_LOADERS.get(type(model.config).__name__)
-    if loader is None:
-        kind = f"{name_or_path}, a {model.config.model_type} model"
-        raise UserError(f"--generation_backend ctranslate2: cannot convert {kind}; use transformers")
+    if model.config.model_type not in MODEL_TYPES:
+        kind = f"{name_or_path}, a {model.config.model_type} model, only {', '.join(MODEL_TYPES)}"
+        raise UserError(f"--generation_backend ctranslate2: does not convert {kind}; use transformers")
     # Beside the model; or in the hub's cache, for a model from there and for a folder that cannot be written to.
     is_own_folder = Path(name_or_path).is_dir() and os.access(name_or_path, os.W_OK)
     parent = (Path(name_or_path) if is_own_folder else Path(HF_HUB_CACHE)) / "ctranslate2"
-    folder = parent / hash_model(model)[:16]
+    folder = parent / content[:16]
     with accelerator.main_process_first():
         if not folder.is_dir():
             # Not by its own converter, which reads a model from disk: ours is in memory, with its adapter merged and
             # a config that tells whether the head is tied, which transformers 5 forgets when it reads one.
             with torch.no_grad():
-                write_spec(loader(model, tokenizer), folder)
+                write_spec(_MODEL_LOADERS[type(model.config).__name__](model, tokenizer), folder)
     device = accelerator.device
     return ctranslate2.Translator(
         str(folder),
         device=device.type,
         device_index=device.index or 0,
-        compute_type=compute_type,
+        compute_type=config.ctranslate2_compute_type,
         intra_threads=torch.get_num_threads(),
     )
 
@@ -97,6 +97,7 @@ def translate_batch(
         length_penalty=config.length_penalty,
         patience=2,  # at 1 the search ends with the first beams that do, where transformers looks for better ones
         max_input_length=0,  # no limit: they are cut already
+        min_decoding_length=0,  # a text may be empty
         max_decoding_length=config.max_new_tokens,
         return_end_token=True,
         max_batch_size=ENCODER_TOKENS,

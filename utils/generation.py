@@ -75,8 +75,9 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
+    content = hash_model(model)
     origin = fingerprint(
-        hash_model(model),
+        content,
         describe_tokenizer(tokenizer),
         {setting: getattr(config, setting) for setting in DECODING_SETTINGS},
         config.seed if config.do_sample else None,
@@ -85,7 +86,7 @@ def generate_summaries(
         accelerator.device.type,
     )
     if config.generation_backend == "ctranslate2":
-        translator = load_translator(accelerator, model, tokenizer, path, config.ctranslate2_compute_type)
+        translator = load_translator(accelerator, model, tokenizer, path, content, config)
         decode = partial(translate_batch, translator, tokenizer, config=config)
     else:
         decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)

@@ -15,16 +15,25 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.config import FP16_REFUSAL, TrainingConfig, UserError, parse_config
+from utils.config import TrainingConfig, UserError, parse_config
 from utils.files import DISK_ERRORS
+from utils.launcher import check_launcher
+from utils.stopping import listen
 from utils.strategies import configure_strategy
+
+FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
+                "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_DYNAMO_BACKEND",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # fmt: skip
 
 
 def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     """Call `main` with the command line's settings; a UserError becomes one line on stderr and exit code 2."""
+    if issubclass(config_class, TrainingConfig):
+        listen()
     start_logging()
     try:
         config = parse_config(config_class, demo_file, sys.argv[1:])
+        check_launcher(config)
         with logging_redirect_tqdm():
             main(config)
     except UserError as error:
@@ -56,30 +65,63 @@ def start_logging():
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
-    """The processes that the launcher started. UserError where precision or accumulation cannot be what was asked."""
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise UserError(f"the launcher's mixed_precision is fp16: {FP16_REFUSAL}")
+    """The processes of a training. UserError where precision, tracker or strategy cannot be what was asked."""
     if config.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("--mixed_precision bf16: this GPU has none; use --mixed_precision no")
     tracker = None if config.report_to == "none" else config.report_to
     if tracker and importlib.util.find_spec(tracker) is None:  # Accelerate would go on without it
         raise UserError(f"--report_to {tracker}: the package is not installed; pip install {tracker}")
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    on_cpu = deepspeed and not torch.accelerator.is_available()  # where it must be told how processes talk
-    accelerator = Accelerator(
-        mixed_precision="no" if deepspeed else config.mixed_precision,  # DeepSpeed has an autocast of its own
+    accelerator = start_processes(
+        mixed_precision="no" if asks_for("DEEPSPEED") else config.mixed_precision,  # DeepSpeed has its own autocast
         log_with=tracker,
         project_dir=Path(config.output_dir) / "tracker",
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
     )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError(
-            f"the launcher sets gradient_accumulation_steps to {accelerator.gradient_accumulation_steps}; remove it: "
-            "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
-        )
     strategy = accelerator.distributed_type.value
     if strategy not in ("NO", "DEEPSPEED", "FSDP") and not strategy.startswith("MULTI_"):
         raise UserError(f"the launcher's distributed_type is {strategy}: DDP, DeepSpeed and FSDP2 are supported")
     configure_strategy(accelerator, config)
     return accelerator
+
+
+def start_whole_models() -> Accelerator:
+    """The processes of an evaluation, which each hold a whole model: how a training is sharded, compiled or rounded
+    does not matter."""
+    for name in FOR_TRAINING:
+        os.environ.pop(name, None)
+    return start_processes(mixed_precision="no")
+
+
+def start_processes(**settings: object) -> Accelerator:
+    """The Accelerator of all the processes that the launcher started. UserError where it cannot be what was asked."""
+    if not torch.accelerator.is_available():
+        # CPU processes find each other on gloo, and must be told so; otherwise each takes itself for the only one.
+        if asks_for("DEEPSPEED"):
+            settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+        else:
+            settings["cpu"] = True
+    deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asks_for("DEEPSPEED") else None
+    refusals = (ValueError, ImportError, OSError, *((AttributeError, TypeError) if deepspeed_file else ()))
+    try:
+        accelerator = Accelerator(**settings)
+    except refusals as error:
+        where = f"--deepspeed_config_file {deepspeed_file}" if deepspeed_file else "the launcher's settings"
+        raise UserError(f"{where}: {error}") from error
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != num_processes:
+        raise UserError(
+            f"the launcher has started {num_processes} processes, of which each takes itself for the only one; "
+            "start them with accelerate launch or torchrun"
+        )
+    strategy = accelerator.distributed_type.value
+    for asked in ("DEEPSPEED", "FSDP"):
+        if asks_for(asked) and strategy != asked:
+            instead = "unset ACCELERATE_USE_CPU" if asked == "DEEPSPEED" else "it needs GPUs"
+            if "LOCAL_RANK" not in os.environ:
+                instead = "start it with accelerate launch or torchrun"
+            raise UserError(f"ACCELERATE_USE_{asked} is set, but what runs is {strategy}: {instead}")
+    return accelerator
+
+
+def asks_for(strategy: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{strategy}", "").lower() == "true"

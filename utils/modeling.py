@@ -1,19 +1,29 @@
-"""Load a model and its tokenizer, add LoRA, count parameters, export what was trained."""
+"""Load a model and its tokenizer, count parameters, export what was trained."""
 
 import json
 import logging
+import math
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
-from utils.config import LoraTrainingConfig, UserError
+from utils.config import TrainingConfig, UserError
 from utils.files import raise_disk_errors
 from utils.hub import explain_hub_errors
 from utils.strategies import gather_tensor, whole_models, whole_shape
@@ -38,7 +48,11 @@ def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> Pr
 
 
 def load_model(
-    name_or_path: str, attn_implementation: str, dtype: torch.dtype, setting: str = "model_name_or_path"
+    name_or_path: str,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    setting: str = "model_name_or_path",
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """An encoder-decoder model, or the one that a LoRA folder adapts with the adapter merged into it."""
     check_folder(name_or_path, setting)
@@ -61,6 +75,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            quantization_config=quantization_config,
         )
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -96,6 +111,14 @@ def check_folder(name_or_path: str, setting: str, advice: str = ""):
         raise UserError(f"--{setting} {name_or_path}: no such folder{advice}")
 
 
+def check_positions(model: PreTrainedModel, config: TrainingConfig):
+    """UserError if texts may be longer than the model can take; T5 takes any, BART as many as it has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    for name in ("max_source_length", "max_target_length"):
+        if getattr(config, name) > positions:
+            raise UserError(f"--{name} {getattr(config, name)}: the model takes {positions} tokens at most")
+
+
 def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
     """The model, its config saying whether the head is the embedding.
 
@@ -109,43 +132,25 @@ def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def share_embedding_module(model: PreTrainedModel):
-    """T5's encoder and decoder have modules of their own around one embedding matrix, of which FSDP2 would shard the
-    first and miss the others."""
+    """T5's and BART's encoder and decoder have modules of their own around one embedding matrix, of which FSDP2 would
+    shard the first and miss the others."""
     embedding = model.get_input_embeddings()
     for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, torch.nn.Embedding) and child.weight is embedding.weight:
+            # BART's kind of module multiplies; one of another kind does something else with the matrix.
+            if type(child) is type(embedding) and child.weight is embedding.weight:
                 setattr(module, name, embedding)
 
 
-def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
-    """The model with its weights frozen and a trainable fp32 adapter beside each target module."""
-    if (Path(config.model_name_or_path) / "adapter_config.json").is_file():
-        raise UserError(
-            f"--model_name_or_path {config.model_name_or_path}: holds an adapter, and a second one on it could not "
-            "name its base: train on the first one's base, or on a full model"
-        )
-    names = [name for name, _ in model.named_modules()]
-    for target in config.lora_target_modules:
-        if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT asks only that one of them exists
-            raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: no module {target!r}")
-    lora_config = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-    )
-    torch.manual_seed(config.seed)  # the adapter's first weights are random, and the same on each process
-    try:
-        return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {error}") from error
+def logical_shape(parameter: torch.Tensor) -> torch.Size:
+    """Of the weight that a parameter stands for: 4-bit ones are packed, two to a byte."""
+    quant_state = getattr(parameter, "quant_state", None)
+    return quant_state.shape if quant_state else whole_shape(parameter)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, a shared one counted once."""
-    sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(logical_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
 
 
@@ -161,7 +166,7 @@ def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]
     head = model.get_output_embeddings().weight
     flops = {True: 0, False: 0}
     for parameter in model.parameters():
-        shape = whole_shape(parameter)
+        shape = logical_shape(parameter)
         if len(shape) == 2 and (parameter is not embedding or parameter is head):
             is_source = parameter in encoder and parameter is not head
             flops[is_source] += (6 if parameter.requires_grad else 4) * shape.numel()
@@ -169,27 +174,38 @@ def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]
 
 
 def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
-    """Write the full model, or the adapter alone, and the tokenizer into `folder`, whole or not at all: they are first
-    written beside, loaded as anybody would load them and compared with what was trained."""
+    """Write the full model, or the adapter alone, and the tokenizer into `folder`; every process must call it."""
     model = accelerator.unwrap_model(model)
     state_dict = gather_state_dict(accelerator, model)
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        advice = "; when it can, export it with --resume_from_checkpoint latest"
+        write_model(accelerator, model, tokenizer, state_dict, Path(folder), "output_dir", advice)
+
+
+def write_model(
+    accelerator: Accelerator,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, torch.Tensor],
+    folder: Path,
+    setting: str,
+    advice: str = "",
+):
+    """Whole or not at all: the files are first written beside, loaded as anybody would load them and compared with
+    `state_dict`. For one process alone."""
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
-    folder = Path(folder)
     unchecked = folder / "export.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
         with raise_disk_errors(unchecked):
             model.save_pretrained(unchecked, state_dict=state_dict)
+            if isinstance(model, PeftModel):
+                rename_magnitudes(unchecked / "adapter_model.safetensors")
         tokenizer.save_pretrained(unchecked)
     except OSError as error:
         shutil.rmtree(unchecked, ignore_errors=True)
-        raise UserError(
-            f"--output_dir {folder}: the model could not be written: {error.strerror}; when it can, export it with "
-            "--resume_from_checkpoint latest"
-        ) from error
+        raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     with whole_models(accelerator):
         compare_with_folder(state_dict, unchecked)
@@ -198,6 +214,15 @@ def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Pr
         path.replace(folder / path.name)
     unchecked.rmdir()
     logger.info("saved %s, reloaded and found equal to what was trained", folder)
+
+
+def rename_magnitudes(path: Path):
+    """Give DoRA's vectors in an adapter's file the names that PEFT and all versions of transformers read. By those
+    that PEFT writes, without `.weight`, transformers 5.23 does not find them, and takes the base's instead."""
+    tensors = load_file(path)
+    if any(name.endswith("lora_magnitude_vector") for name in tensors):
+        renamed = {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensors[name] for name in tensors}
+        save_file(renamed, path, metadata={"format": "pt"})
 
 
 def gather_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from transformers import get_scheduler
 
 from utils.batching import num_steps_per_epoch
@@ -19,10 +20,20 @@ def num_train_steps(config: TrainingConfig, num_examples: int) -> int:
 def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW over what is trainable, with weight decay on matrices alone, not on the layer norms' scales."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {"params": [p for p in trainable if len(whole_shape(p)) >= 2], "weight_decay": config.weight_decay}
-    vectors = {"params": [p for p in trainable if len(whole_shape(p)) < 2], "weight_decay": 0.0}
-    groups = [group for group in (matrices, vectors) if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    groups = [{"params": trainable, "lr": config.learning_rate}]
+    if ratio := getattr(config, "loraplus_lr_ratio", None):
+        # Hayou et al., 2024. PEFT has a rate of its own for embeddings' adapters, and decays DoRA's vectors.
+        lr = config.learning_rate
+        groups = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_lr_embedding=lr
+        ).param_groups
+    split = []
+    for group in groups:
+        matrices = [p for p in group["params"] if len(whole_shape(p)) >= 2]
+        vectors = [p for p in group["params"] if len(whole_shape(p)) < 2]
+        split.append({"params": matrices, "lr": group["lr"], "weight_decay": config.weight_decay})
+        split.append({"params": vectors, "lr": group["lr"], "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in split if group["params"]], lr=config.learning_rate, fused=True)
 
 
 def build_lr_scheduler(

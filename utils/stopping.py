@@ -12,9 +12,20 @@ import torch
 from accelerate import Accelerator
 
 from utils.config import TrainingConfig, parse_duration
+from utils.launcher import find_launch_words
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 PR_SET_PDEATHSIG = 1
+came_early = []
+
+
+def listen():
+    """Remember a SIGUSR1 that comes while the script is loading, so that it stops at its first update.
+
+    SIGTERM ends it at once until then: there is nothing to save, and other processes may be waiting for its end.
+    """
+    signal.signal(signal.SIGUSR1, lambda number, frame: came_early.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # slurm/launch.sh holds it back until here
 
 
 class StopRequest:
@@ -24,12 +35,13 @@ class StopRequest:
         self.accelerator = accelerator
         self.file = Path(config.output_dir) / "STOP"
         self.deadline = time.monotonic() + parse_duration(config.max_time) if config.max_time else float("inf")
-        self.signaled = False
+        self.signaled = bool(came_early)
         self.interrupted_at = None
         self.agreed = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.take_signal)
-        if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() and sys.platform == "linux":
+        by_launcher = find_launch_words() is not None or "TORCHELASTIC_RUN_ID" in os.environ
+        if by_launcher and sys.platform == "linux":
             # `accelerate launch` of one process, and any launcher on SIGUSR1, dies of a signal and tells no one.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

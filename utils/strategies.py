@@ -11,6 +11,7 @@ that the loop, the checkpoints and the export are the same under each.
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -66,6 +67,7 @@ def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
     deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
+    check_zero_section(deepspeed_config["zero_optimization"])
     for section in ("optimizer", "scheduler", "amp"):
         if section in deepspeed_config:
             raise UserError(f"the DeepSpeed config has a section {section!r}; remove it: the script has its own")
@@ -91,6 +93,21 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
     for name, value in BUCKETS.items():
         deepspeed_config["zero_optimization"].setdefault(name, value)
     deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # the script's AdamW, also where its moments are offloaded
+
+
+def check_zero_section(section: dict[str, Any]):
+    """DeepSpeed checks it too, when the model is loaded and in many lines."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        zero_config = DeepSpeedZeroConfig(**{name: value for name, value in section.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"the DeepSpeed config's {name} is {first['input']!r}: {first['msg']}") from error
+    if int(zero_config.stage) == 0:
+        raise UserError("the launcher's zero_stage is 0, which shards nothing; take 1, 2 or 3, or no DeepSpeed")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,138 @@
+"""Other models of T5's family, and BART, through the same code: gradient, training, adapter, export, generation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, make_rows, read_jsonl, run_script
+from gradient_worker import main as save_gradient
+from safetensors.torch import load_file
+from test_training import check_gradient, train_in_process
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BartTokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import train_full
+import train_lora
+from utils.config import LoraTrainingConfig, TrainingConfig
+from utils.prompting import build_prompt
+
+TARGETS = {"t5": ["q", "v"], "t5-v1_1": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"]}
+KINDS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
+
+
+def write_t5(folder: Path, model_class, config_class, tied: bool, activation: str):
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
+    config = config_class(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, dropout_rate=0.1,
+        feed_forward_proj=activation, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = model_class(config)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_bart(folder: Path):
+    """With a tokenizer of BART's kind, a bias of the head, and generation settings as bart-large-cnn has them."""
+    texts = [text for row in make_rows(40) for text in (build_prompt(row["dialogue"]), row["summary"])]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, 400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    folder.mkdir()
+    tokenizer = BartTokenizer(*trained.save_model(str(folder)))
+    for path in folder.iterdir():
+        path.unlink()
+    layers = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, max_position_embeddings=256, scale_embedding=True, init_std=0.2,
+        **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in layers.items()},
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias.normal_()
+    settings = {"forced_bos_token_id": 0, "forced_eos_token_id": 2, "num_beams": 4, "no_repeat_ngram_size": 3}
+    model.generation_config.update(**settings, min_length=4, max_length=20, early_stopping=True, length_penalty=2.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    write_t5(folder / "t5", T5ForConditionalGeneration, T5Config, True, "relu")
+    write_t5(folder / "t5-v1_1", T5ForConditionalGeneration, T5Config, False, "gated-gelu")
+    write_t5(folder / "mt5", MT5ForConditionalGeneration, MT5Config, False, "gated-gelu")
+    write_bart(folder / "bart")
+    return {name: folder / name for name in TARGETS}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_gradient_is_that_of_the_models_own_loss(models, data_files, tmp_path, name):
+    AcceleratorState._reset_state(True)
+    save_gradient(str(models[name]), str(data_files["train"]), "40", 7, tmp_path / "gradient.pt")
+    check_gradient(models[name], torch.load(tmp_path / "gradient.pt", weights_only=True), 1)
+
+
+@pytest.fixture(scope="module")
+def trained(models, data_files, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Each model trained fully and with LoRA; that it reads back as it was trained is checked by the export."""
+    folder, made = tmp_path_factory.mktemp("trained"), {}
+    for name, model in models.items():
+        for kind, (script, config_class) in KINDS.items():
+            made[name, kind] = folder / f"{name}_{kind}"
+            lora = {"lora_target_modules": TARGETS[name], "merge_into": f"{folder}/{name}_merged"}
+            settings = {"max_train_steps": 3, "learning_rate": 0.01, "mixed_precision": "no", "max_source_length": 250}
+            settings |= lora if kind == "lora" else {}
+            train_in_process(script, config_class, model, data_files, made[name, kind], **settings)
+        made[name, "merged"] = folder / f"{name}_merged"
+    return made
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_training(models, trained, name):
+    before, after = (load_file(folder / "model.safetensors") for folder in (models[name], trained[name, "full"]))
+    assert before.keys() == after.keys()
+    # All weights moved, but not BART's bias of the head, which is none.
+    assert [key for key in before if before[key].equal(after[key])] == ["final_logits_bias"] * (name == "bart")
+    tied = name in ("t5", "bart")
+    for kind in ("full", "merged"):
+        assert json.loads((trained[name, kind] / "config.json").read_text())["tie_word_embeddings"] is tied
+        model = AutoModelForSeq2SeqLM.from_pretrained(trained[name, kind])
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    for kind in KINDS:
+        losses = [line["loss"] for line in read_jsonl(trained[name, kind] / "metrics.jsonl")]
+        assert losses[-1] < losses[0]
+
+
+def test_generated_texts_are_those_of_stock_generate(models, trained, data_files, tmp_path):
+    names = {"_".join(key): folder for key, folder in trained.items()} | models
+    words = [f"{name}={folder}" for name, folder in names.items()]
+    run = run_script(
+        "evaluate_rouge.py", "--models", *words, "--test_file", data_files["test"], "--output_dir", tmp_path,
+        "--max_new_tokens", 12, "--max_source_length", 250,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    texts = read_jsonl(tmp_path / "predictions.jsonl")
+    for name, folder in names.items():
+        model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        for line in (line for line in texts if line["model"] == name):
+            prompt = tokenizer(build_prompt(line["dialogue"]), return_tensors="pt")
+            output = model.generate(
+                input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=12, num_beams=1,
+                do_sample=False,
+            )  # fmt: skip
+            assert line["prediction"] == tokenizer.decode(output[0], skip_special_tokens=True).strip(), name
+    assert len(texts) == 4 * len(names)

@@ -1,0 +1,133 @@
+"""What train_lora.py has and train_full.py has not: a frozen base, an adapter on it, and the two merged into one."""
+
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.batching import collate
+from utils.config import LoraTrainingConfig, UserError
+from utils.modeling import load_model, write_model
+from utils.strategies import is_sharded, whole_models
+from utils.tracking import find_run_files
+
+logger = logging.getLogger(__name__)
+NUM_COMPARED = 4  # training examples that the merged model must agree on
+# Largest difference of two logits over the largest logit. Rounding gave 5e-7 to 3e-6; a merge of weights that two
+# layers share 1e-2 and more.
+LARGEST_DIFFERENCE = 1e-4
+
+
+def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> PreTrainedModel:
+    """The model that gets an adapter. It needs no small updates, so half the bytes of fp32 do, or an eighth, except
+    where it is sharded together with the fp32 adapter."""
+    name, attention = config.model_name_or_path, config.attn_implementation
+    if config.load_in_4bit:
+        check_4bit(accelerator)
+        # As in QLoRA (Dettmers et al., 2023); what is no matrix of a linear layer stays in bf16.
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        return load_model(name, attention, torch.bfloat16, quantization_config=four_bits)
+    in_bf16 = config.mixed_precision == "bf16" and not is_sharded(accelerator)
+    return load_model(name, attention, torch.bfloat16 if in_bf16 else torch.float32)
+
+
+def check_4bit(accelerator: Accelerator):
+    if is_sharded(accelerator):
+        raise UserError(
+            f"--load_in_4bit: {accelerator.distributed_type.value} cannot shard 4-bit weights; leave it out"
+        )
+    if accelerator.device.type != "cuda":
+        raise UserError("--load_in_4bit needs a GPU, and there is none; leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit: bitsandbytes is not installed; pip install -r requirements-4bit.txt")
+
+
+def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
+    """The model with its weights frozen and a trainable fp32 adapter beside each target module."""
+    if (Path(config.model_name_or_path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"--model_name_or_path {config.model_name_or_path}: holds an adapter, and a second one on it could not "
+            "name its base: train on the first one's base, or on a full model"
+        )
+    names = [name for name, _ in model.named_modules()]
+    for target in config.lora_target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT asks only that one of them exists
+            raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: no module {target!r}")
+    lora_config = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+    torch.manual_seed(config.seed)  # the adapter's first weights are random, and the same on each process
+    try:
+        return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {error}") from error
+
+
+def check_merge_dir(config: LoraTrainingConfig):
+    """UserError, before anything is trained, if --merge_into cannot take the merged model. Writes nothing."""
+    if config.merge_into is None:
+        return
+    folder = Path(config.merge_into)
+    for setting in ("output_dir", "model_name_or_path"):
+        if Path(getattr(config, setting)).resolve() == folder.resolve():
+            raise UserError(f"--merge_into {folder} is the --{setting}: take another folder")
+    held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]  # left by a kill
+    if held and not config.overwrite_output_dir:
+        raise UserError(
+            f"--merge_into {folder} holds a run or a model already ({held[0].name}): take another, or "
+            "--overwrite_output_dir"
+        )
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--merge_into {folder}: cannot write to {parent}")
+
+
+def merge_adapter(
+    accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, config: LoraTrainingConfig
+):
+    """Write the base and the adapter that output_dir holds as one full model in fp32 into --merge_into, whole or not
+    at all. Both are loaded anew: the trained base may be rounded to fewer bits, or sharded.
+
+    UserError if the merged model does not answer as the two do, by more than rounding.
+    """
+    if accelerator.is_main_process:
+        with whole_models(accelerator):
+            base = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
+            model = PeftModel.from_pretrained(base, config.output_dir).eval()
+            before = compute_logits(model, data)
+            model = model.merge_and_unload()
+            difference = float((compute_logits(model, data) - before).abs().max() / before.abs().max())
+            if not difference <= LARGEST_DIFFERENCE:  # `not` also refuses nan
+                raise UserError(
+                    f"--merge_into {config.merge_into}: nothing written: the merged model's logits differ from those "
+                    f"of base and adapter by {difference:.1e} of the largest; {config.output_dir} holds the adapter"
+                )
+            folder = Path(config.merge_into)
+            for path in find_run_files(folder):  # as --overwrite_output_dir says
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_model(accelerator, model, tokenizer, model.state_dict(), folder, "merge_into")
+        logger.info("merged base and adapter: logits differ by %.1e of the largest", difference)
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def compute_logits(model: torch.nn.Module, data: datasets.Dataset) -> torch.Tensor:
+    """(target tokens, vocabulary), of the first NUM_COMPARED examples."""
+    batch = collate(data[:NUM_COMPARED], model.config.pad_token_id)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    return model(**inputs).logits.flatten(0, 1)[batch["target_positions"]]
