@@ -214,6 +214,8 @@ def write_model(
         shutil.rmtree(unchecked, ignore_errors=True)
         raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if getattr(model, "is_loaded_in_4bit", False):  # others than those who trained it take the base as it is
+        state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name}
     with whole_models(accelerator):
         compare_with_folder(state_dict, unchecked)
     # The config last: a folder without it does not pass for a finished model.
