@@ -34,7 +34,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 RECORDS = ["loss_curve.png", "metrics.jsonl", "run_manifest.json"]
 FULL_FILES = [*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors"]
 LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
-EVALUATION_FILES = ["predictions.jsonl", "report.md", "results.json"]
+EVALUATION_FILES = ["predictions.jsonl", "report.html", "report.md", "results.json"]
 METRICS = {
     "train": {"step", "split", "loss", "learning_rate", "grad_norm", "num_examples", "num_target_tokens"}
     | {"samples_per_second", "padding_efficiency", "peak_memory_mib"}
