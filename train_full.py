@@ -15,6 +15,7 @@ from utils.data import fingerprint, load_rows, tokenize_rows
 from utils.launching import run_script, start_accelerator
 from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.preflight import report_preflight
 from utils.report import plot_loss_curve
 from utils.tracking import check_output_dir, start_run
 from utils.training import train
@@ -28,7 +29,9 @@ def main(config: TrainingConfig):
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     # fp32 weights under bf16 autocast: AdamW's small updates would be lost in bf16 weights.
-    model = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
+    model = load_model(
+        config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight
+    )
     check_positions(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -40,6 +43,8 @@ def main(config: TrainingConfig):
     num_steps = num_train_steps(config, len(train_data))
     num_parameters, num_trainable_parameters = count_parameters(model)
     run = {"num_train_steps": num_steps, "data_fingerprint": fingerprint(train_rows, validation_rows)}
+    if config.preflight:
+        return report_preflight(accelerator, config, model, train_data, validation_data, run)
     checkpointer = Checkpointer(accelerator, config, describe_run(config, model) | run)
     optimizer = build_optimizer(model, config)
     lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)

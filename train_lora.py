@@ -14,6 +14,7 @@ from utils.launching import run_script, start_accelerator
 from utils.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
 from utils.modeling import check_positions, count_parameters, export_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.preflight import report_preflight
 from utils.report import plot_loss_curve
 from utils.tracking import check_output_dir, start_run
 from utils.training import train
@@ -39,6 +40,8 @@ def main(config: LoraTrainingConfig):
     num_steps = num_train_steps(config, len(train_data))
     num_parameters, num_trainable_parameters = count_parameters(model)
     run = {"num_train_steps": num_steps, "data_fingerprint": fingerprint(train_rows, validation_rows)}
+    if config.preflight:
+        return report_preflight(accelerator, config, model, train_data, validation_data, run)
     checkpointer = Checkpointer(accelerator, config, describe_run(config, model) | run)
     optimizer = build_optimizer(model, config)
     lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)

@@ -34,7 +34,7 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 RECORDS = ["loss_curve.png", "metrics.jsonl", "run_manifest.json"]
 FULL_FILES = [*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors"]
 LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
-EVALUATION_FILES = ["predictions.jsonl", "report.md", "results.json"]
+EVALUATION_FILES = ["predictions.jsonl", "report.html", "report.md", "results.json"]
 METRICS = {
     "train": {"step", "split", "loss", "learning_rate", "grad_norm", "num_examples", "num_target_tokens"}
     | {"samples_per_second", "padding_efficiency", "peak_memory_mib"}
@@ -58,7 +58,9 @@ def test_the_training_scripts_differ_by_what_they_build():
         "from utils.config import TrainingConfig",
         "from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer",
         "def main(config: TrainingConfig):",
-        "    model = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)",
+        "    model = load_model(",
+        "        config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight",
+        "    )",
         '    run_script(main, TrainingConfig, "train_full.yaml")',
     ]
     assert [line[2:] for line in difference if line[0] == "+"] == [

@@ -90,6 +90,7 @@ class TrainingConfig(DataConfig):
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
+    preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
     max_train_samples: int | None = setting(None, "train on the first N rows only")
     max_eval_samples: int | None = setting(None, "validate on the first N rows only")

@@ -176,7 +176,8 @@ def tokenize_rows(
     accelerator: Accelerator, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, config: Any, split: str
 ) -> datasets.Dataset:
     """The rows as `id`, `input_ids` (at most max_source_length) and `labels` (at most max_target_length), in their
-    order. The main process tokenises and writes them to the cache of `datasets`; the others read them there."""
+    order, with `uncut_source_length` and `uncut_target_length`, in tokens. The main process tokenises and writes them
+    to the cache of `datasets`; the others read them there."""
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         input_ids, source_lengths = tokenize_prompts(batch["dialogue"], tokenizer, config.max_source_length)
@@ -212,4 +213,4 @@ def tokenize_rows(
             (source_lengths > config.max_source_length).sum(), config.max_source_length,
             (target_lengths > config.max_target_length).sum(), config.max_target_length,
         )  # fmt: skip
-    return tokens.remove_columns(["uncut_source_length", "uncut_target_length"])
+    return tokens

@@ -127,6 +127,12 @@ def check_training_settings(launch: Namespace | None, config: TrainingConfig):
     for name in ("use_megatron_lm", "use_parallelism_config"):
         if find(name) == "true":
             raise UserError(f"the launcher sets {name}; remove it: DDP, DeepSpeed and FSDP2 are supported")
+    for name, instead in (
+        ("activation_checkpointing", "it is --gradient_checkpointing"),
+        ("offload_params", "accelerate_configs/deepspeed_zero3_offload.yaml does that"),
+    ):
+        if os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(f"FSDP_{name.upper()}") == "true":
+            raise UserError(f"the launcher sets fsdp_{name}; remove it: {instead}")
 
 
 def is_number(text: str, number: float) -> bool:

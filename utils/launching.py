@@ -94,13 +94,16 @@ def start_whole_models() -> Accelerator:
 
 def start_processes(**settings: object) -> Accelerator:
     """The Accelerator of all the processes that the launcher started. UserError where it cannot be what was asked."""
+    asked = next((strategy for strategy in ("DEEPSPEED", "FSDP") if asks_for(strategy)), None)
+    if asked and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"ACCELERATE_USE_{asked} is set: start the script with accelerate launch or torchrun")
     if not torch.accelerator.is_available():
         # CPU processes find each other on gloo, and must be told so; otherwise each takes itself for the only one.
-        if asks_for("DEEPSPEED"):
+        if asked == "DEEPSPEED":
             settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         else:
             settings["cpu"] = True
-    deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asks_for("DEEPSPEED") else None
+    deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asked == "DEEPSPEED" else None
     refusals = (ValueError, ImportError, OSError, *((AttributeError, TypeError) if deepspeed_file else ()))
     try:
         accelerator = Accelerator(**settings)
@@ -114,12 +117,9 @@ def start_processes(**settings: object) -> Accelerator:
             "start them with accelerate launch or torchrun"
         )
     strategy = accelerator.distributed_type.value
-    for asked in ("DEEPSPEED", "FSDP"):
-        if asks_for(asked) and strategy != asked:
-            instead = "unset ACCELERATE_USE_CPU" if asked == "DEEPSPEED" else "it needs GPUs"
-            if "LOCAL_RANK" not in os.environ:
-                instead = "start it with accelerate launch or torchrun"
-            raise UserError(f"ACCELERATE_USE_{asked} is set, but what runs is {strategy}: {instead}")
+    if asked and strategy != asked:
+        instead = "unset ACCELERATE_USE_CPU" if asked == "DEEPSPEED" else "it needs GPUs"
+        raise UserError(f"ACCELERATE_USE_{asked} is set, but what runs is {strategy}: {instead}")
     return accelerator
 
 

@@ -31,13 +31,15 @@ def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> Pr
     name, attention = config.model_name_or_path, config.attn_implementation
     if config.load_in_4bit:
         check_4bit(accelerator)
+    if config.load_in_4bit and not config.preflight:
         # As in QLoRA (Dettmers et al., 2023); what is no matrix of a linear layer stays in bf16.
         four_bits = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
         return load_model(name, attention, torch.bfloat16, quantization_config=four_bits)
     in_bf16 = config.mixed_precision == "bf16" and not is_sharded(accelerator)
-    return load_model(name, attention, torch.bfloat16 if in_bf16 else torch.float32)
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    return load_model(name, attention, dtype, without_weights=config.preflight)
 
 
 def check_4bit(accelerator: Accelerator):

@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from utils.config import TrainingConfig, UserError
 from utils.files import raise_disk_errors
 from utils.hub import explain_hub_errors
+from utils.shapes import load_shapes
 from utils.strategies import gather_tensor, whole_models, whole_shape
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,10 @@ def load_model(
     dtype: torch.dtype,
     setting: str = "model_name_or_path",
     quantization_config: BitsAndBytesConfig | None = None,
+    without_weights: bool = False,
 ) -> PreTrainedModel:
-    """An encoder-decoder model, or the one that a LoRA folder adapts with the adapter merged into it."""
+    """An encoder-decoder model, or the one that a LoRA folder adapts with the adapter merged into it; on the meta
+    device if it is to be `without_weights`."""
     check_folder(name_or_path, setting)
     if Path(name_or_path).is_dir():
         name_or_path = str(Path(name_or_path).resolve())  # an adapter remembers it, wherever it is used from
@@ -63,13 +66,17 @@ def load_model(
             base_name = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
             if not base_name:
                 raise UserError(f"--{setting} {name_or_path}: adapter_config.json names no base")
-            base = load_model(base_name, attn_implementation, dtype, f"{setting} {name_or_path}, its base")
+            base_setting = f"{setting} {name_or_path}, its base"
+            base = load_model(base_name, attn_implementation, dtype, base_setting, without_weights=without_weights)
+            if without_weights:  # with the adapter merged into it, its shape is the same
+                return base
             # Merging leaves the weights frozen.
             return PeftModel.from_pretrained(base, name_or_path).merge_and_unload().requires_grad_(True)
         config = AutoConfig.from_pretrained(name_or_path)
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
-        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+        load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
+        model, report = load(
             name_or_path,
             config=config,
             dtype=dtype,
@@ -207,6 +214,8 @@ def write_model(
         shutil.rmtree(unchecked, ignore_errors=True)
         raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if getattr(model, "is_loaded_in_4bit", False):  # others than those who trained it take the base as it is
+        state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name}
     with whole_models(accelerator):
         compare_with_folder(state_dict, unchecked)
     # The config last: a folder without it does not pass for a finished model.

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from utils.config import EvaluationConfig, UserError
 from utils.data import parse_json, read_file
+from utils.html_report import build_page
 from utils.tables import Table, build_tables
 
 ANSI = {"head": "1", "best": "1;32", "above": "32", "below": "31", "noise": "2"}
@@ -37,8 +38,9 @@ def show_report(config: EvaluationConfig):
     """Write report.html and report.md, from results.json and predictions.jsonl alone, and print the tables."""
     if not PartialState().is_main_process:
         return
-    results, _ = read_results(Path(config.output_dir))
-    for name, text in (("report.md", format_markdown(results)),):
+    results, predictions = read_results(Path(config.output_dir))
+    pages = {"report.html": build_page(results, predictions), "report.md": format_markdown(results)}
+    for name, text in pages.items():
         unfinished = Path(config.output_dir) / f"{name}.part"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(Path(config.output_dir) / name)
@@ -94,7 +96,7 @@ def format_example(example: dict[str, Any]) -> str:
 
 def format_markdown(results: dict[str, Any]) -> str:
     """The tables and conclusions for a pull request or an issue."""
-    parts = ["# Summaries scored", *results["conclusions"]]
+    parts = ["# Summaries scored", *map(escape_markdown, results["conclusions"])]
     for table in build_tables(results):
         lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
         rows = "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)

@@ -133,19 +133,22 @@ def describe_differences(comparisons: list[tuple[tuple[str, str], dict]], num_di
     if num_dialogues < TOO_FEW_DIALOGUES:
         few = f"Only {num_dialogues} dialogue{'s' * (num_dialogues > 1)} scored: too few to say of any difference that"
         return [f"{few} it is beyond noise. This is a quick look, not a result."]
-    beyond, within = [], []
+    beyond, within = {}, []
     for (a, b), comparison in comparisons:
         metrics = {verdict: [] for verdict in ("above", "below", "noise")}
         for metric in METRICS:
             metrics[judge(comparison["average"][metric])].append(metric)
         for verdict, (better, worse) in (("above", (a, b)), ("below", (b, a))):
             if metrics[verdict]:
-                beyond.append(f"{better} above {worse} in {list_metrics(metrics[verdict])}")
+                beyond.setdefault((better, list_metrics(metrics[verdict])), []).append(worse)
         if metrics["noise"]:
             within.append(f"{a} and {b} in {list_metrics(metrics['noise'])}")
     sentences = []
     if beyond:
-        sentences.append(f"Beyond noise (95 % interval without 0, average over references): {'; '.join(beyond)}.")
+        found = "; ".join(
+            f"{better} above {' and '.join(worse)} in {where}" for (better, where), worse in beyond.items()
+        )
+        sentences.append(f"Beyond noise (95 % interval without 0, average over references): {found}.")
     if within:
         sentences.append(f"Not told apart by these dialogues: {'; '.join(within)}.")
     if num_dialogues < FEW_DIALOGUES:

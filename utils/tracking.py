@@ -28,7 +28,7 @@ RUN_FILES = (
     "config.json", "generation_config.json", "adapter_config.json",
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
-    "predictions.jsonl", "results.json", "report.md",
+    "predictions.jsonl", "results.json", "report.html", "report.md",
 )  # fmt: skip
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
 

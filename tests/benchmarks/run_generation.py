@@ -1,0 +1,130 @@
+"""Summarise a file's rows in one way and print time, shares and texts: a process of compare_generation.py.
+
+    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [SETTING=VALUE]
+
+ROWS is all, distinct, or N for every Nth row. The settings are ours.
+Timed from rows to texts, after one row to warm up; neither loading nor, for the Trainer, tokenising is counted.
+"""
+
+import csv
+import functools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from utils.config import EvaluationConfig
+from utils.data import tokenize_prompts
+from utils.generation import generate_summaries
+from utils.launching import start_logging
+from utils.modeling import load_model, load_tokenizer
+from utils.tracking import measure_peak_memory
+
+MAX_NEW_TOKENS = 128
+
+
+class Counter:
+    """What the model computes: padded source tokens and rows x steps of the decoder."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.source_tokens = self.real_source_tokens = self.decoder_tokens = 0
+        model.get_encoder().register_forward_pre_hook(self.count_source, with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(self.count_decoder, with_kwargs=True)
+
+    def count_source(self, module, arguments, inputs):
+        self.source_tokens += inputs["attention_mask"].numel()
+        self.real_source_tokens += int(inputs["attention_mask"].sum())
+
+    def count_decoder(self, module, arguments, inputs):
+        self.decoder_tokens += inputs["input_ids"].numel()
+
+
+def prepare_ours(path, model, tokenizer, dialogues, num_beams, settings):
+    config = EvaluationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, output_dir=tempfile.mkdtemp(), **settings
+    )
+    accelerator = Accelerator()
+
+    def summarize():
+        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, f"ours={path}", {})
+        return [summary.text for summary in summaries]
+
+    return summarize
+
+
+def prepare_notebook(path, model, tokenizer, dialogues, num_beams):
+    def summarize():
+        texts = []
+        for dialogue in dialogues:
+            inputs = torch.tensor(tokenize_prompts([dialogue], tokenizer, 1024)[0])
+            ids = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, do_sample=False)
+            texts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+        return texts
+
+    return summarize
+
+
+def prepare_trainer(path, model, tokenizer, dialogues, num_beams):
+    prompt_ids, _ = tokenize_prompts(dialogues, tokenizer, 1024)
+    data = datasets.Dataset.from_list([{"input_ids": ids, "labels": [1]} for ids in prompt_ids])
+    arguments = Seq2SeqTrainingArguments(
+        tempfile.mkdtemp(), per_device_eval_batch_size=16, predict_with_generate=True, report_to="none",
+        generation_max_length=MAX_NEW_TOKENS + 1, generation_num_beams=num_beams, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(model, arguments, DataCollatorForSeq2Seq(tokenizer, model=model))
+
+    def summarize():
+        predictions = trainer.predict(data).predictions.clip(min=0)  # it pads with -100
+        return [text.strip() for text in tokenizer.batch_decode(predictions, skip_special_tokens=True)]
+
+    return summarize
+
+
+def main(path: str, test_file: str, way: str, num_beams: str, rows: str, *settings: str):
+    start_logging()
+    with open(test_file, newline="", encoding="utf-8") as file:
+        dialogues = [row["dialogue"] for row in csv.DictReader(file)]
+    if rows == "distinct":
+        dialogues = list(dict.fromkeys(dialogues))
+    elif rows != "all":
+        dialogues = dialogues[:: int(rows)]
+    model, tokenizer = load_model(path, "sdpa", torch.float32).eval(), load_tokenizer(path)
+    prepare = {
+        "ours": functools.partial(prepare_ours, settings=dict(setting.split("=") for setting in settings)),
+        "trainer": prepare_trainer,
+        "notebook": prepare_notebook,
+    }[way]
+    prepare(path, model, tokenizer, dialogues[:1], int(num_beams))()
+    summarize = prepare(path, model, tokenizer, dialogues, int(num_beams))
+    counter = Counter(model)
+    start = time.perf_counter()
+    with torch.no_grad():
+        texts = summarize()
+    seconds = time.perf_counter() - start
+    # The tokens of the texts, as tokenised again: ours decodes each distinct dialogue once.
+    by_dialogue = dict(zip(dialogues, texts, strict=True))
+    decoded = list(by_dialogue.values()) if way == "ours" else texts
+    num_tokens = sum(map(len, tokenizer(decoded).input_ids)) * int(num_beams)
+    figures = {
+        "seconds": seconds,
+        "rows_per_second": len(texts) / seconds,
+        "peak_memory_mib": measure_peak_memory(Accelerator()),
+        "mean_text_tokens": num_tokens / len(decoded) / int(num_beams),
+    }
+    if counter.source_tokens:  # ctranslate2 computes out of sight
+        figures["padding_share"] = 1 - counter.real_source_tokens / counter.source_tokens
+        figures["ended_share"] = 1 - num_tokens / counter.decoder_tokens
+    sys.stdout.write("\n" + json.dumps({"figures": figures, "texts": by_dialogue}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

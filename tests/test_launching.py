@@ -1,0 +1,207 @@
+"""What the launchers do without a word is refused, by the real `accelerate launch`; and what they can do works."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_jsonl, run_command, run_script
+
+from utils.config import TrainingConfig, UserError
+from utils.launcher import check_launcher, config_environment
+
+no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="how it is where there is no GPU")
+MULTI_CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}
+ZERO2 = {"distributed_type": "DEEPSPEED", "num_processes": 1, "use_cpu": False}
+FSDP2 = {"distributed_type": "FSDP", "num_processes": 2, "use_cpu": False}
+
+
+def write_config(path: Path, settings: dict) -> Path:
+    """A config file of `accelerate launch`; JSON is YAML too."""
+    whole = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0} | settings
+    path.write_text(json.dumps(whole))
+    return path
+
+
+@pytest.fixture
+def launch(flan_t5, data_files, tmp_path):
+    """Train one update, launched with these words."""
+
+    def run(*words: str | Path, **environment: str):
+        script = (
+            "train_lora.py", "--model_name_or_path", flan_t5, "--train_file", data_files["train"],
+            "--total_train_batch_size", "4", "--max_train_steps", "1", "--output_dir", tmp_path / "out",
+        )  # fmt: skip
+        return run_command("accelerate", "launch", "--main_process_port", "0", *words, *script, **environment)
+
+    return run
+
+
+def read_refusal(run: subprocess.CompletedProcess, output_dir: Path) -> str:
+    """The script's one line, after which there is nothing but the launcher's own words."""
+    assert run.returncode == 1, run.stderr
+    assert "exit status 2" in run.stderr or "exitcode  : 2" in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("train_lora.py: error: ")]
+    assert len(lines) == 1, run.stderr
+    assert not output_dir.exists()
+    return lines[0].removeprefix("train_lora.py: error: ")
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_fewer_processes_than_asked_for(launch, tmp_path, by_file):
+    words = ["--cpu", "--num_processes", "2"]
+    if by_file:
+        words = ["--config_file", write_config(tmp_path / "a.yaml", MULTI_CPU)]
+    assert read_refusal(launch(*words), tmp_path / "out") == (
+        "num_processes is 2 and accelerate launch has started 1; take --num_processes 1, or start 2 with: "
+        "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train_lora.py"
+    )
+
+
+def test_fewer_processes_in_an_evaluation(data_files, tmp_path):
+    """Started as a module, and with more words than the script's."""
+    words = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "evaluate_rouge.py")
+    run = run_command(*words, "--test_file", data_files["test"], "--models", "a=nowhere", "--output_dir", tmp_path)
+    assert "evaluate_rouge.py: error: num_processes is 2 and accelerate launch has started 1" in run.stderr
+
+
+@no_gpu
+def test_several_gpus_where_there_is_none(launch, tmp_path):
+    """Each process took itself for the only one, and both wrote into one folder."""
+    run = launch("--multi_gpu", "--num_processes", "2")
+    assert run.returncode == 0, run.stderr
+    manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())
+    assert (manifest["num_processes"], manifest["strategy"]) == (2, "MULTI_CPU")
+    assert [line["step"] for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"] == [1]
+
+
+@pytest.mark.parametrize(
+    "settings, words, message",
+    [
+        ({}, ["--gradient_accumulation_steps", "4"], "the launcher sets gradient_accumulation_steps to 4"),
+        (
+            ZERO2 | {"deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": "auto"}},
+            [],
+            "the launcher sets gradient_accumulation_steps to auto; remove it: it follows from",
+        ),
+        (
+            ZERO2 | {"deepspeed_config": {"zero_stage": 2, "gradient_clipping": 0.5}},
+            [],
+            "the launcher sets gradient_clipping to 0.5; remove it: it is --max_grad_norm",
+        ),
+        (ZERO2 | {"deepspeed_config": {"zero_stage": 0}}, [], "the launcher's zero_stage is 0, which shards nothing"),
+        pytest.param(
+            FSDP2 | {"fsdp_config": {"fsdp_version": 2}},
+            [],
+            "ACCELERATE_USE_FSDP is set, but what runs is MULTI_CPU: it needs GPUs",
+            marks=no_gpu,
+        ),
+    ],
+)
+def test_settings_that_contradict_the_scripts(launch, tmp_path, settings, words, message):
+    if settings:
+        words = ["--config_file", write_config(tmp_path / "a.yaml", settings)]
+    run = launch(*words, DS_ACCELERATOR="cpu")
+    assert read_refusal(run, tmp_path / "out").startswith(message)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "--deepspeed_config_file {path}: Expected a string path to an existing deepspeed config"),
+        ('{"zero_optimization": {', "--deepspeed_config_file {path}: Expecting property name"),
+        (
+            '{"zero_optimization": {"stage": 7}}',
+            "the DeepSpeed config's zero_optimization.stage is 7: Input should be",
+        ),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {}}', "the DeepSpeed config has a section 'optimizer'"),
+        (
+            '{"zero_optimization": {"stage": 2}, "train_batch_size": 64}',
+            "the DeepSpeed config's train_batch_size is 64; remove it: it is --total_train_batch_size",
+        ),
+    ],
+)
+def test_deepspeed_files(launch, tmp_path, text, message):
+    path = tmp_path / "deepspeed.json"
+    if text is not None:
+        path.write_text(text)
+    run = launch("--use_deepspeed", "--num_processes", "1", "--deepspeed_config_file", path, DS_ACCELERATOR="cpu")
+    assert read_refusal(run, tmp_path / "out").startswith(message.format(path=path))
+
+
+def test_a_deepspeed_file_that_leaves_all_to_the_script(launch, tmp_path):
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    sections = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}
+    (tmp_path / "auto.json").write_text(json.dumps(dict.fromkeys(names, "auto") | sections))
+    words = ("--use_deepspeed", "--num_processes", "1", "--deepspeed_config_file", tmp_path / "auto.json")
+    run = launch(*words, DS_ACCELERATOR="cpu")
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "out" / "run_manifest.json").read_text())["strategy"] == "DEEPSPEED_ZERO2"
+
+
+def test_deepspeed_asked_for_and_not_there(flan_t5, data_files, tmp_path):
+    words = ("--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--output_dir", tmp_path / "out")
+    for num_processes, message in (
+        (1, "ACCELERATE_USE_DEEPSPEED is set: start the script with accelerate launch or torchrun"),
+        (2, "ACCELERATE_USE_DEEPSPEED is set, but what runs is MULTI_CPU: unset ACCELERATE_USE_CPU"),
+    ):
+        variables = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+        run = run_script("train_lora.py", *words, num_processes=num_processes, **variables)
+        assert [line for line in run.stderr.splitlines() if "error: " in line] == [f"train_lora.py: error: {message}"]
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "the launcher's mixed_precision is fp8; remove it: precision is"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "2.0"}, "the launcher sets gradient_clipping to 2.0; remove it: it is"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "the launcher's dynamo_backend is inductor; remove it: micro-"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "the launcher sets use_megatron_lm; remove it: DDP, DeepSpeed and"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "the launcher sets use_parallelism_config; remove it: DDP"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "the launcher sets fsdp_activation_checkpointing; remove it: it is --gradient_checkpointing",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "srun has started 2 tasks that know nothing of each other; take sbatch slurm/",
+        ),
+    ],
+)
+def test_variables_that_are_set_by_hand(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        check_launcher(TrainingConfig())
+    assert str(error.value).startswith(message)
+
+
+def test_variables_that_change_nothing(monkeypatch):
+    for name, value in {
+        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_CLIPPING": "1.0", "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "false",
+        "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    check_launcher(TrainingConfig())
+
+
+@pytest.mark.parametrize("name", ["deepspeed_zero3_offload", "fsdp2", "cpu"])
+def test_what_slurm_gets_is_what_the_launcher_sets(tmp_path, name):
+    """Of each of its variables the same value, by the real launcher's hand on a script that prints them."""
+    script = tmp_path / "print_environment.py"
+    script.write_text("import json, os\nif os.environ.get('RANK', '0') == '0': print(json.dumps(dict(os.environ)))\n")
+    config_file = f"accelerate_configs/{name}.yaml"
+    words = ("--config_file", config_file, "--num_machines", "1", "--num_processes", "1", "--main_process_port", "0")
+    run = run_command("accelerate", "launch", *words, script)
+    assert run.returncode == 0, run.stderr
+    set_by_launcher = json.loads(run.stdout.splitlines()[-1])
+    found = config_environment(config_file)
+    named = ("ACCELERATE_", "FSDP_")
+    assert {key: value for key, value in found.items() if key.startswith(named)} == {
+        key: value for key, value in set_by_launcher.items() if key.startswith(named)
+    }
+    assert found.items() <= set_by_launcher.items()

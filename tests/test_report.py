@@ -1,0 +1,311 @@
+"""report.html in a real browser, with 500 dialogues and text that would like to be markup; the console, report.md."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
+
+from utils.html_report import build_page, escape_json
+from utils.report import format_markdown, format_table, has_color
+from utils.tables import Table, describe_differences
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{data}} &lt;"
+)
+MODELS = ["base", "<b>tuned</b>", "other"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A folder with 500 dialogues, of three references each, and three systems' texts, scored by the script."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [
+        {"id": f"d{index}_{number}", "dialogue": row["dialogue"], "summary": f"{row['summary']} {number}"}
+        for index, row in enumerate(make_rows(500))
+        for number in (1, 2, 3)
+    ]
+    for row in rows[9:12]:
+        row["dialogue"] = f"#Person1#: {HOSTILE}\n#Person2#: Yes."
+        row["summary"] = f"{HOSTILE} {row['id']}"
+    write_rows(folder / "test.jsonl", rows)
+    texts = {
+        MODELS[0]: [" ".join(row["dialogue"].split()[:6]) for row in rows],
+        MODELS[1]: [row["summary"].rsplit(" ", 1)[0] for row in rows],
+        MODELS[2]: ["" if index < 3 else row["summary"].split()[0] for index, row in enumerate(rows)],
+    }
+    texts[MODELS[0]][9] = HOSTILE
+    for name, of_model in texts.items():
+        lines = [
+            {"id": row["id"], "prediction": text, "truncated": False}
+            for row, text in zip(rows[::3], of_model[::3], strict=True)
+        ]
+        write_rows(folder / f"texts{MODELS.index(name)}.jsonl", lines)
+    files = [f"{name}={folder / f'texts{index}.jsonl'}" for index, name in enumerate(MODELS)]
+    run = run_script(
+        "evaluate_rouge.py", "--test_file", folder / "test.jsonl", "--output_dir", folder / "out",
+        "--example_index", 9, "--predictions_file", *files,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (folder / "printed.txt").write_text(run.stdout, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on the PATH: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a report; what the console says and what is asked of the network is an error at the end of the test."""
+    said, pages = [], []
+
+    def start(path, **settings):
+        page = browser.new_page(**settings)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: request.url.startswith("file:") or said.append(request.url))
+        page.goto(f"file://{path}")
+        page.wait_for_function("document.querySelectorAll('.chart svg').length >= 3")
+        pages.append(page)
+        return page
+
+    yield start
+    for page in pages:
+        page.close()
+    assert said == []
+
+
+def read_column(page, column: int) -> list[str]:
+    return page.eval_on_selector_all(
+        f"#table tbody tr:not(.detail) td:nth-child({column})", "cells => cells.map(cell => cell.textContent)"
+    )
+
+
+def expected_changes(report, a: str, b: str, metric: str = "rouge1") -> dict[str, float]:
+    """Points of A minus B for each dialogue, from predictions.jsonl, the mean of the references."""
+    scores = {
+        (line["model"], line["id"]): sum(line["scores"][metric]) / 3 * 100
+        for line in read_jsonl(report / "out" / "predictions.jsonl")
+    }
+    return {row_id: scores[a, row_id] - value for (name, row_id), value in scores.items() if name == b}
+
+
+def test_it_opens_and_holds_what_was_scored(report, open_page):
+    page = open_page(report / "out" / "report.html")
+    results = json.loads((report / "out" / "results.json").read_text(encoding="utf-8"))
+    for name, entry in results["models"].items():
+        value = f"{100 * entry['scores']['max']['rougeL']['value']:.2f}"
+        row = page.locator("section:first-of-type tr").filter(has_text=name).filter(has_text="max").first
+        assert value in row.inner_text()
+    assert page.locator(".conclusions li").all_inner_texts() == results["conclusions"]
+    assert page.locator("#forest svg").count() == page.locator("#by_length svg").count() == 1
+    assert page.locator("#curves_figure").is_hidden(), "nothing was trained"
+    assert "500 dialogues" in page.locator("header p").inner_text()
+
+
+def test_text_of_the_data_is_never_markup(report, open_page):
+    page = open_page(report / "out" / "report.html")
+    assert page.title() == "Summaries scored with ROUGE"
+    page.fill("#search", "d3_1")
+    page.get_by_role("button", name="d3_1").click()
+    detail = page.locator("tr.detail").last
+    assert HOSTILE in detail.locator(".source").inner_text()
+    assert detail.locator(".text").first.inner_text() == HOSTILE
+    assert page.locator("img").count() == page.locator("main script").count() == page.locator("td b").count() == 0
+    assert HOSTILE in page.locator("dl").first.inner_text(), "the sample"
+    assert page.title() == "Summaries scored with ROUGE"
+
+
+def test_sorting(report, open_page):
+    """The largest changes first, for better or worse; then by any column, both ways; by keyboard."""
+    page = open_page(report / "out" / "report.html")
+    assert page.locator("#pair option").first.inner_text() == "<b>tuned</b> minus base"
+    changes = expected_changes(report, MODELS[1], MODELS[0])
+    largest = sorted(map(abs, changes.values()), reverse=True)[:100]
+    shown = [float(text) for text in read_column(page, 2)]
+    assert [abs(value) for value in shown] == pytest.approx(largest, abs=0.051)
+    page.get_by_role("button", name="change").press("Enter")
+    assert [float(text) for text in read_column(page, 2)] == pytest.approx(sorted(changes.values())[:100], abs=0.051)
+    assert page.locator("th[aria-sort=ascending]").inner_text() == "change ↑"
+    page.get_by_role("button", name="words").press("Enter")
+    words = [int(text) for text in read_column(page, 6)]
+    assert words == sorted(words, reverse=True) and len(words) == 100
+    page.get_by_role("button", name="dialogue").press("Space")
+    assert [text.split()[-1] for text in read_column(page, 1)][:3] == ["d0_1", "d1_1", "d2_1"]
+    page.get_by_role("button", name="Show all").click()
+    assert len(read_column(page, 1)) == 500
+
+
+def test_filters_and_choices(report, open_page):
+    page = open_page(report / "out" / "report.html")
+    changes = expected_changes(report, MODELS[1], MODELS[0], "rouge2")
+    page.select_option("#metric", "rouge2")
+    page.select_option("#filter", "worse")
+    num_worse = sum(change < -1e-9 for change in changes.values())
+    assert page.locator("#count").inner_text().startswith(f"{num_worse} of 500 dialogues")
+    page.select_option("#filter", "all")
+    page.select_option("#pair", label="other minus base")
+    assert "change is other minus base" in page.locator("#count").inner_text()
+    page.fill("#search", "d12_1")
+    assert [text.split()[-1] for text in read_column(page, 1)] == ["d12_1"]
+    page.fill("#search", "no such words")
+    assert page.locator("#count").inner_text().startswith("0 of 500")
+    page.select_option("#protocol", "first")
+    page.fill("#search", "d1_1")
+    line = next(line for line in read_jsonl(report / "out" / "predictions.jsonl") if line["id"] == "d1_1")
+    assert read_column(page, 3)[-1] == f"{100 * line['scores']['rouge2'][0]:.1f}"
+
+
+def test_differing_words_are_marked(report, open_page):
+    page = open_page(report / "out" / "report.html")
+    page.fill("#search", "d5_1")
+    page.get_by_role("button", name="d5_1").click()
+    detail = page.locator("tr.detail").last
+    line = next(row for row in read_jsonl(report / "out" / "predictions.jsonl") if row["id"] == "d5_1")
+    assert detail.locator(".source").inner_text() == line["dialogue"]
+    assert detail.locator(".reference").all_inner_texts() == line["references"]
+    # The tuned model's text is the reference without its last word, the base model's begins with a speaker.
+    assert detail.locator(".text").nth(1).locator("mark").count() == 0
+    assert detail.locator(".text").first.locator("mark").first.inner_text() == "#Person1#:"
+    page.get_by_role("button", name="d5_1").click()
+    assert page.locator("tr.detail").count() == 0
+
+
+def test_a_phone_and_the_dark(report, open_page):
+    page = open_page(report / "out" / "report.html", viewport={"width": 390, "height": 844}, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    page.emulate_media(color_scheme="light")
+    assert (dark, page.evaluate(background)) == ("rgb(18, 22, 28)", "rgb(255, 255, 255)")
+
+
+def test_500_dialogues_are_smooth(report, open_page):
+    """Sorting and searching take well under the tenth of a second that feels instant, on an idle machine."""
+    page = open_page(report / "out" / "report.html")
+    page.get_by_role("button", name="Show all").click()
+    measure = "() => { const start = performance.now(); showTable(); return performance.now() - start; }"
+    assert page.evaluate(measure) < 1000
+    assert (report / "out" / "report.html").stat().st_size < 4e6
+
+
+def test_report_only_writes_the_same_again(report, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("results.json", "predictions.jsonl"):
+        shutil.copy(report / "out" / name, folder)
+    run = run_script("evaluate_rouge.py", "--report_only", "--output_dir", folder)
+    assert run.returncode == 0, run.stderr
+    for name in ("report.html", "report.md"):
+        assert (folder / name).read_bytes() == (report / "out" / name).read_bytes()
+    assert run.stdout.replace(str(folder), "") == (report / "printed.txt").read_text().replace(str(report / "out"), "")
+    (folder / "results.json").write_text("{}")
+    run = run_script("evaluate_rouge.py", "--report_only", "--output_dir", folder)
+    assert (run.returncode, "is from an earlier version" in run.stderr) == (2, True)
+    run = run_script("evaluate_rouge.py", "--report_only", "--output_dir", tmp_path / "none")
+    assert (run.returncode, "--report_only: there is no " in run.stderr) == (2, True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_markdown(report):
+    text = (report / "out" / "report.md").read_text(encoding="utf-8")
+    tables, sample = text.split("<details>")
+    assert "<b>" not in tables and r"\<b\>tuned\</b\>" in tables
+    lines = [line for line in tables.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:11]} == {7}
+    assert HOSTILE in sample.split("```text")[1].split("```")[0]
+    example = {"split": "test", "index": 0, "dialogue": "````", "summary": "s", "texts": {}}
+    results = json.loads((report / "out" / "results.json").read_text()) | {"example": example}
+    assert "`````text" in format_markdown(results)
+
+
+def test_a_page_of_one_model(report, open_page, tmp_path):
+    """No pairs, no forest, no change; curves, where there are some."""
+    results = json.loads((report / "out" / "results.json").read_text())
+    results |= {"models": {"base": results["models"]["base"]}, "comparisons": {}}
+    curves = {"train": [[10, 2.0], [20, 1.0]], "validation": [[0, 3.0], [20, 1.5]]}
+    results["models"]["base"]["training"] = {
+        "num_parameters": 10, "num_trainable_parameters": 5, "num_train_steps": 20, "num_processes": 2,
+        "device": "cpu", "size_bytes": 2**20, "seconds": 61.2, "peak_memory_mib": 100.0, "curves": curves,
+    }  # fmt: skip
+    lines = [line for line in read_jsonl(report / "out" / "predictions.jsonl") if line["model"] == "base"][:3]
+    (tmp_path / "report.html").write_text(build_page(results, lines), encoding="utf-8")
+    page = open_page(tmp_path / "report.html")
+    assert page.locator("#differences").is_hidden() and page.locator("#pair").is_hidden()
+    assert page.locator("#curves svg").count() == 1
+    assert "1:01 on 2 cpu" in page.locator("table").filter(has_text="trained parameters").inner_text()
+    assert len(read_column(page, 1)) == 3
+
+
+def test_json_in_a_page_cannot_end_its_element():
+    text = escape_json({"a": "</script><!--&", "b": "\u2028 你"})
+    assert "<" not in text and ">" not in text and "&" not in text
+    assert json.loads(text) == {"a": "</script><!--&", "b": "\u2028 你"}
+
+
+TABLE = Table("title", ["model", "rouge1"], [["a", "1.00"], ["longer", "10.00"]], {(1, 1): "best"})
+
+
+def test_table_is_aligned_with_and_without_color(monkeypatch):
+    plain = ["model   rouge1", "------  ------", "a         1.00", "longer   10.00"]
+    assert format_table(TABLE).splitlines() == plain
+    colored = format_table(TABLE, use_color=True)
+    assert "\x1b[1;32m 10.00\x1b[0m" in colored
+    assert re.sub(r"\x1b\[[\d;]*m", "", colored).splitlines() == plain
+
+
+def test_color_only_on_a_terminal_that_wants_it(monkeypatch):
+    terminal = io.StringIO()
+    assert not has_color(terminal)
+    terminal.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert has_color(terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_color(terminal)
+
+
+def make_comparison(**intervals: tuple[float, float]) -> dict:
+    noise = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), (-0.1, 0.1))
+    return {"average": {name: {"low": low, "high": high} for name, (low, high) in (noise | intervals).items()}}
+
+
+def test_sentences():
+    pairs = [(("a", "b"), make_comparison(rouge1=(0.01, 0.02))), (("a", "c"), make_comparison(rouge1=(-0.2, -0.1)))]
+    beyond, within = describe_differences(pairs, 100)
+    assert beyond.endswith(": a above b in rouge1; c above a in rouge1.")
+    assert within.endswith(": a and b in rouge2, rougeL, rougeLsum; a and c in rouge2, rougeL, rougeLsum.")
+    assert describe_differences(pairs, 99)[2].startswith("Only 99 dialogues")
+    assert describe_differences(pairs, 9) == [
+        "Only 9 dialogues scored: too few to say of any difference that it is beyond noise. "
+        "This is a quick look, not a result."
+    ]
+    same = make_comparison(rouge1=(1, 2), rouge2=(1, 2), rougeL=(1, 2), rougeLsum=(1, 2))
+    assert describe_differences([(("a", "b"), same), (("a", "c"), same)], 100)[0].endswith(
+        ": a above b and c in every metric."
+    )
+
+
+@pytest.mark.skipif(not DIALOGSUM.is_dir(), reason="DialogSum is not beside the project")
+def test_few_real_rows_are_called_a_quick_look(tmp_path):
+    """`--max_eval_samples 10` of DialogSum: intervals all the same, and a sentence that says what they are worth."""
+    rows = [{"id": f"test_{index}_1", "prediction": "#Person1# talks."} for index in range(4)]
+    write_rows(tmp_path / "texts.jsonl", rows)
+    run = run_script(
+        "evaluate_rouge.py", "--predictions_file", tmp_path / "texts.jsonl", "--max_eval_samples", 10,
+        "--test_file", DIALOGSUM / "test.csv", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "4 dialogues with 10 references" in run.stdout and "This is a quick look, not a result." in run.stdout
+    assert re.search(r"texts +average +\d+\.\d\d \[\d+\.\d, \d+\.\d\]", run.stdout)

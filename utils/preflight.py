@@ -1,0 +1,211 @@
+"""`--preflight`: one screen about a run before it starts, without its weights and without touching its folder.
+
+What the scripts do before training has been done by then, on a model without weights: the mistakes it finds are found.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import datasets
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from utils.batching import measure_lengths, plan_pass, plan_steps
+from utils.checkpoint_files import choose_checkpoint
+from utils.checkpointing import IDENTITY_SETTINGS
+from utils.config import TrainingConfig, UserError
+from utils.memory_estimate import MicroBatch, count_bytes, estimate_memory
+from utils.modeling import count_parameters
+from utils.strategies import name_strategy
+from utils.tracking import find_run_files
+
+NUM_STEPS_PLANNED = 50
+
+
+def report_preflight(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    model: torch.nn.Module,
+    train_data: datasets.Dataset,
+    validation_data: datasets.Dataset | None,
+    run: dict[str, Any],
+):
+    """Print the screen once; UserError, on every process, if the run cannot start."""
+    micro_batches = plan_first_steps(accelerator, config, measure_lengths(train_data), run["num_train_steps"])
+    free = min(gather_object([measure_free_memory(accelerator)]))
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            lines = describe_start(accelerator, config, model, run)
+            lines += describe_data(config, {"train": train_data, "validation": validation_data})
+            lines += describe_plan(config, micro_batches, accelerator.num_processes, run["num_train_steps"])
+            memory_lines, needed = describe_memory(accelerator, config, model, micro_batches, validation_data, free)
+            disk_lines, disk_needed, disk_free = describe_disk(config, model, validation_data, run["num_train_steps"])
+            sys.stdout.write("\n".join([*lines, *memory_lines, *disk_lines]) + "\n")
+            sys.stdout.flush()
+            if needed > free:
+                problem = (
+                    f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} "
+                    "are free for each; lower --per_device_train_batch_size, or see accelerate_configs/ for sharding"
+                )
+            elif disk_needed > disk_free:
+                problem = (
+                    f"--output_dir {config.output_dir}: checkpoints and export take {format_bytes(disk_needed)}, and "
+                    f"{format_bytes(disk_free)} are free; lower --checkpoints_total_limit or take another disk"
+                )
+        except UserError as error:
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])
+    accelerator.wait_for_everyone()  # the launcher ends all when one process fails
+    if problem:
+        raise UserError(problem)
+    accelerator.end_training()
+
+
+def plan_first_steps(
+    accelerator: Accelerator, config: TrainingConfig, lengths: np.ndarray, num_steps: int
+) -> list[list[MicroBatch]]:
+    """Of each process its micro-batches of the run's first steps. For `auto`, of one example each."""
+    size = 1 if config.per_device_train_batch_size == "auto" else config.per_device_train_batch_size
+    steps = range(min(num_steps, NUM_STEPS_PLANNED))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan = plan_steps(lengths, config.total_train_batch_size, size, config.seed, rank, world, steps)
+    return gather_object([[measure_micro_batch_shape(lengths[indices]) for indices in plan]])
+
+
+def measure_micro_batch_shape(lengths: np.ndarray) -> MicroBatch:
+    """An empty one is one row of padding."""
+    source, target = lengths.max(axis=0, initial=1).tolist()
+    return MicroBatch(max(1, len(lengths)), source, target, *lengths.sum(axis=0).tolist())
+
+
+def find_largest(micro_batches: Iterable[MicroBatch]) -> MicroBatch:
+    return max(micro_batches, key=lambda micro_batch: micro_batch.num_computed_tokens)
+
+
+def measure_free_memory(accelerator: Accelerator) -> int:
+    """Bytes for this process: of its GPU, or its share of the machine's memory."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.mem_get_info(accelerator.device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def describe_start(
+    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]
+) -> list[str]:
+    num_parameters, num_trained = count_parameters(model)
+    machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return [
+        f"processes   {accelerator.num_processes} on {machines} machine{'s' * (machines > 1)}, "
+        f"{name_strategy(accelerator)}, {accelerator.device.type}, --mixed_precision {config.mixed_precision}",
+        f"model       {config.model_name_or_path}, {model.config.model_type}",
+        f"parameters  {num_parameters:,}, of which {num_trained:,} are trained ({num_trained / num_parameters:.2%})",
+        f"output_dir  {config.output_dir}: {describe_output_dir(config, run)}",
+    ]
+
+
+def describe_output_dir(config: TrainingConfig, run: dict[str, Any]) -> str:
+    """UserError for a checkpoint that is damaged or of another run, but for the weights that it started from."""
+    settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS if hasattr(config, name)}
+    if config.resume_from_checkpoint:
+        found = choose_checkpoint(config, json.loads(json.dumps(settings | run)) | {"model_fingerprint": ANY})
+        if found:
+            return f"the run goes on from {found[0].name}, of {run['num_train_steps']} updates"
+    folder = Path(config.output_dir)
+    if find_run_files(folder):
+        return "holds a run, which will be replaced"
+    return "is there, and holds no run" if folder.is_dir() else "is made when the run starts"
+
+
+def describe_data(config: TrainingConfig, data: dict[str, datasets.Dataset | None]) -> list[str]:
+    lines = ["", f"{'data':26}{'rows':>8}  tokens  {'mean':>6} {'95 %':>6} {'longest':>8}  truncated"]
+    for split, dataset in data.items():
+        file = getattr(config, f"{split}_file")
+        name = Path(file).name if file else config.dataset_name
+        if dataset is None:
+            lines.append(f"{split}: none; there is no validation loss")
+            continue
+        for column, kind in (("uncut_source_length", "source"), ("uncut_target_length", "target")):
+            lengths, limit = np.array(dataset[column]), getattr(config, f"max_{kind}_length")
+            head = f"{split}: {name}"[:26] if kind == "source" else ""
+            rows = f"{len(dataset):,}" if kind == "source" else ""
+            lines.append(
+                f"{head:26}{rows:>8}  {kind:6}  {lengths.mean():6.0f} {np.percentile(lengths, 95):6.0f} "
+                f"{lengths.max():8,}  {(lengths > limit).sum():,} at {limit:,}"
+            )
+    return lines
+
+
+def describe_plan(
+    config: TrainingConfig, micro_batches: list[list[MicroBatch]], num_processes: int, num_steps: int
+) -> list[str]:
+    everywhere = [micro_batch for of_process in micro_batches for micro_batch in of_process]
+    num_planned = min(num_steps, NUM_STEPS_PLANNED)
+    efficiency = sum(m.num_tokens for m in everywhere) / sum(m.num_computed_tokens for m in everywhere)
+    largest = find_largest(everywhere)
+    auto = "; auto: as many as fit, here one at a time" * (config.per_device_train_batch_size == "auto")
+    return [
+        "",
+        f"steps       {num_steps:,} updates of {config.total_train_batch_size:,} examples; validation every "
+        f"{config.eval_steps:,}, a checkpoint every {config.checkpointing_steps:,}",
+        f"plan        {len(micro_batches[0]) // num_planned} micro-batches per update and process{auto}",
+        f"            {efficiency:.3f} of the computed tokens are no padding, in the first {num_planned} updates",
+        f"            largest micro-batch: {largest.num_examples} examples of up to {largest.source_length:,} source "
+        f"and {largest.target_length:,} target tokens",
+    ]
+
+
+def describe_memory(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    model: torch.nn.Module,
+    micro_batches: list[list[MicroBatch]],
+    validation_data: datasets.Dataset | None,
+    free: int,
+) -> tuple[list[str], int]:
+    """Lines, and the bytes that a process needs."""
+    largest, validation = find_largest(m for of_process in micro_batches for m in of_process), None
+    if validation_data:
+        lengths = measure_lengths(validation_data)
+        plan = plan_pass(lengths, config.per_device_eval_batch_size, 0, accelerator.num_processes)
+        validation = find_largest(measure_micro_batch_shape(lengths[indices]) for indices in plan)
+    parts, moments = estimate_memory(accelerator, model, config, largest, validation, len(micro_batches[0]) > 1)
+    moments = {"a gradient being computed, the sum": sum(parts.values())} | moments
+    lines = ["", "memory of a process, estimated"]
+    lines += [f"  {name:44}{format_bytes(size):>10}" for name, size in parts.items() if size]
+    lines += [f"  {name:44}{format_bytes(size):>10}" for name, size in moments.items()]
+    return [*lines, f"  {'free':44}{format_bytes(free):>10}"], max(moments.values())
+
+
+def describe_disk(
+    config: TrainingConfig, model: torch.nn.Module, validation_data: datasets.Dataset | None, num_steps: int
+) -> tuple[list[str], int, int]:
+    """Lines, and bytes needed and free. What an earlier run left there is replaced."""
+    _, trained = count_bytes(model)
+    # One more than are kept: the oldest goes when the newest is there. Weights and two moments each.
+    num_checkpoints = min(math.ceil(num_steps / config.checkpointing_steps), config.checkpoints_total_limit + 1)
+    num_best = min(math.ceil(num_steps / config.eval_steps), 2) if validation_data else 0
+    needed = (3 * num_checkpoints + num_best + 1) * trained
+    folder = Path(config.output_dir)
+    held = [path for found in find_run_files(folder) for path in (found, *found.rglob("*")) if path.is_file()]
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in held)
+    line = (
+        f"disk        {format_bytes(needed)} for {num_checkpoints} checkpoints, {num_best} best and the export; "
+        f"{format_bytes(free)} free"
+    )
+    return ["", line], needed, free
+
+
+def format_bytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
