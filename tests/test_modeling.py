@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 
 from utils.config import LoraTrainingConfig
 from utils.lora import add_lora
-from utils.modeling import compare_with_folder, count_parameters, export_model, load_model, load_tokenizer
+from utils.modeling import check_head, compare_with_folder, count_parameters, export_model, load_model, load_tokenizer
 
 
 def test_parameters_of_flan_t5_base(tmp_path):
@@ -44,6 +44,16 @@ def test_export_keeps_the_head_apart(flan_t5, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert not torch.equal(reloaded.lm_head.weight, reloaded.shared.weight)
+
+
+def test_a_head_that_was_tied_is_seen(flan_t5):
+    for lora in (False, True):
+        model = load_model(str(flan_t5), "sdpa", torch.float32)
+        model = add_lora(model, LoraTrainingConfig()) if lora else model
+        check_head(model)
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        with pytest.raises(RuntimeError, match="lm_head has been tied"):
+            check_head(model)
 
 
 def test_a_tied_head_stays_tied(tmp_path):

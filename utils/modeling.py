@@ -138,6 +138,17 @@ def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def check_head(model: PreTrainedModel | PeftModel):
+    """RuntimeError if a wrapper or a checkpoint has tied a head that has its own weights to the embedding."""
+    head = model.get_output_embeddings()
+    if (
+        not model.config.tie_word_embeddings
+        and head is not None
+        and head.weight is model.get_input_embeddings().weight
+    ):
+        raise RuntimeError("lm_head has been tied to the embedding, and its own weights are lost")
+
+
 def share_embedding_module(model: PreTrainedModel):
     """T5's and BART's encoder and decoder have modules of their own around one embedding matrix, of which FSDP2 would
     shard the first and miss the others."""

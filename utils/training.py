@@ -23,7 +23,7 @@ from utils.decoding import decode_batch
 from utils.generation import generate_texts
 from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
 from utils.memory import compute_gradient_in_memory, find_batch_size
-from utils.modeling import count_flops_per_token, export_model
+from utils.modeling import check_head, count_flops_per_token, export_model
 from utils.optimization import num_train_steps
 from utils.rouge import score_texts
 from utils.stopping import StopRequest
@@ -70,6 +70,7 @@ def train(
 
     flops_per_source_token, flops_per_target_token = count_flops_per_token(accelerator.unwrap_model(model))
     interval = checkpointer.restore(model, optimizer, lr_scheduler)
+    check_head(accelerator.unwrap_model(model))
     first_step = checkpointer.last_step + 1
     batches = load_steps(range(first_step - 1, num_steps), batch_size)
     num_turns = gradient_accumulation_steps(len(lengths), total, batch_size, world)
