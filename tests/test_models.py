@@ -25,7 +25,9 @@ from transformers import (
 
 import train_full
 import train_lora
-from utils.config import LoraTrainingConfig, TrainingConfig
+from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.lora import add_lora
+from utils.modeling import count_parameters
 from utils.prompting import build_prompt
 
 TARGETS = {"t5": ["q", "v"], "t5-v1_1": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"]}
@@ -136,3 +138,35 @@ def test_generated_texts_are_those_of_stock_generate(models, trained, data_files
             )  # fmt: skip
             assert line["prediction"] == tokenizer.decode(output[0], skip_special_tokens=True).strip(), name
     assert len(texts) == 4 * len(names)
+
+
+def test_texts_longer_than_the_model_takes(models, data_files, tmp_path):
+    for script, config_class in KINDS.values():
+        with pytest.raises(UserError, match="^--max_source_length 257: the model takes 256 tokens at most$"):
+            settings = {"max_source_length": 257, "lora_target_modules": TARGETS["bart"]}
+            settings = {name: value for name, value in settings.items() if name in config_class.__dataclass_fields__}
+            train_in_process(script, config_class, models["bart"], data_files, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_parameters", "num_lora_parameters"),
+    [
+        ((512, 64, 6, 1024, 8), 76_961_152, 1_376_256),
+        ((768, 64, 12, 2048, 12), 247_577_856, 3_538_944),
+        ((1024, 64, 16, 2816, 24), 783_150_080, 9_437_184),
+        ((2048, 64, 32, 5120, 24), 2_849_757_184, 18_874_368),
+        ((4096, 64, 64, 10240, 24), 11_135_332_352, 37_748_736),
+    ],
+    ids=["small", "base", "large", "xl", "xxl"],
+)
+def test_parameters_of_flan_t5(shape, num_parameters, num_lora_parameters):
+    """Those of the hub's models, without their memory."""
+    names = ("d_model", "d_kv", "num_heads", "d_ff", "num_layers")
+    config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **dict(zip(names, shape, strict=True)))
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+        assert count_parameters(model) == (num_parameters, num_parameters)
+        model = add_lora(model, LoraTrainingConfig())
+    assert count_parameters(model) == (num_parameters + num_lora_parameters, num_lora_parameters)

@@ -40,8 +40,9 @@ class Counter:
         model.get_decoder().register_forward_pre_hook(self.count_decoder, with_kwargs=True)
 
     def count_source(self, module, arguments, inputs):
-        self.source_tokens += inputs["attention_mask"].numel()
-        self.real_source_tokens += int(inputs["attention_mask"].sum())
+        mask = inputs.get("attention_mask")  # none where nothing is padded
+        self.source_tokens += inputs["input_ids"].numel()
+        self.real_source_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
     def count_decoder(self, module, arguments, inputs):
         self.decoder_tokens += inputs["input_ids"].numel()
