@@ -4,9 +4,30 @@
 # passes it on to the step; a script that then stops with 75 (a checkpoint is written) is queued again. One that stops
 # with 75 for another reason (a STOP file, --max_time) is not: the job ends as FAILED with exit code 75, and so it does
 # at once with any other code. `scancel --batch --signal=USR1 JOB` asks for the same as the limit.
+#
+# `--config_file FILE` among the words is `accelerate launch`'s: its settings become the step's environment. How many
+# processes there are is Slurm's to say, not the file's.
 set -euo pipefail
+signaled=''
+trap 'signaled=1' USR1
+
 script=$1
 shift
+config_file=''
+words=()
+while (($#)); do
+    case $1 in
+    --config_file) config_file=${2?--config_file needs a file} && shift ;;
+    --config_file=*) config_file=${1#*=} ;;
+    *) words+=("$1") ;;
+    esac
+    shift
+done
+set -- ${words[@]+"${words[@]}"}
+if [[ $config_file ]]; then
+    exports=$(python -m utils.launcher "$config_file")
+    eval "$exports"
+fi
 
 set -- "${@//\%a/${SLURM_ARRAY_TASK_ID-%a}}" # %a in a word is the array's index, as in Slurm's --output
 # Queued again, by this file or by Slurm after a node failed or the job was preempted. Of two settings the last counts.
@@ -20,16 +41,24 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$((SLURM_NNODES * num_gpus)) LOCAL_WORLD_SIZE=$num_gpus
 
 # No torchrun between: it hides the exit code and dies of SIGUSR1. exec, since Slurm signals this very process alone.
+# Until the script listens the signal is held back, as a process that has just been started would die of it.
+hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+os.execvp("python", ["python", *sys.argv[1:]])'
 # shellcheck disable=SC2016  # each task's own variables, not the batch shell's
 srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / num_gpus)) \
     --kill-on-bad-exit=1 \
-    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash "$script" "$@" &
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -c "$@"' bash "$hold" "$script" "$@" &
 step=$!
-signaled=''
-trap 'trap "" USR1; signaled=1; kill -USR1 "$step" || true' USR1
+interrupted=''
+trap 'trap "" USR1; signaled=1; interrupted=1; kill -USR1 "$step" || true' USR1
+if [[ $signaled ]]; then # before there was a step; its tasks will be there by then
+    trap "" USR1
+    sleep 5
+    kill -USR1 "$step" || true
+fi
 code=0
 wait "$step" || code=$?
-if [[ $signaled ]]; then # which ended the first wait
+if [[ $interrupted ]]; then # which ended the first wait
     code=0
     wait "$step" || code=$?
 fi

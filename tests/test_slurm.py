@@ -1,5 +1,6 @@
-"""The sbatch files on a real Slurm of two nodes on this machine."""
+"""The sbatch files on a real Slurm of three nodes on this machine."""
 
+import json
 import os
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl, run_script
+from conftest import REPOSITORY, read_jsonl, relative_difference, run_script, write_flan_t5
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 TWO_NODES = ("--nodes", "2")
 UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 NUM_STEPS = 120
+NUM_SHORT_STEPS = 6
 ENDLESS = ("--max_train_steps", "100000")
 
 
@@ -38,14 +40,14 @@ def find_free_ports(num_ports: int) -> int:
 
 
 class Cluster:
-    """A Slurm with two nodes of one (pretended) GPU each, where a dead node is noticed within seconds."""
+    """A Slurm with three nodes of one (pretended) GPU each, where a dead node is noticed within seconds."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        knobs = {"LS_PORT": str(find_free_ports(3)), "LS_GPUS": "1", "LS_SLURMD_TIMEOUT": "10"}
+        knobs = {"LS_PORT": str(find_free_ports(4)), "LS_NODES": "3", "LS_GPUS": "1", "LS_SLURMD_TIMEOUT": "10"}
         self.start_environment = os.environ | knobs
         name, _, value = shlex.split(self.start())[1].partition("=")
-        self.environment = os.environ | {name: value, "ACCELERATE_USE_CPU": "true"}
+        self.environment = os.environ | {name: value, "DS_ACCELERATOR": "cpu"}
 
     def start(self) -> str:
         """Start what is not running."""
@@ -76,15 +78,28 @@ class Cluster:
 
     def find_process(self, job: str, rank: int) -> int:
         """The process id of a job's training process."""
+        return self.find(job, f"RANK={rank}", "train_")
+
+    def find(self, job: str, variable: str, word: str) -> int:
+        """The process of a job that has this in its environment and that in its command line."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (folder / "environ").read_bytes().split(b"\0")
                 command = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= set(environment) and b"train_" in command:
+            if {f"SLURM_JOB_ID={job}".encode(), variable.encode()} <= set(environment) and word.encode() in command:
                 return int(folder.name)
-        raise ProcessLookupError(f"job {job} has no rank {rank}")
+        raise ProcessLookupError(f"job {job} has no process with {variable} and {word}")
+
+    def wait_for(self, job: str, variable: str, word: str):
+        def is_there() -> bool:
+            try:
+                return bool(self.find(job, variable, word))
+            except ProcessLookupError:
+                return False
+
+        wait_until(is_there, 30, lambda: self.show(job))
 
 
 def wait_until(condition: Callable[[], bool], timeout: int, explain: Callable[[], object]):
@@ -152,6 +167,59 @@ def test_two_nodes_train_together(cluster, settings, never_stopped, tmp_path):
     assert cluster.finish(job)["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
     assert '"num_processes": 2' in (tmp_path / "out" / "run_manifest.json").read_text()
     check_same(tmp_path / "out", never_stopped)
+
+
+@pytest.fixture(scope="module")
+def no_dropout(data_files, tmp_path_factory) -> tuple:
+    """Words of a short training that does not depend on the number of processes, and what one process makes of it."""
+    folder = tmp_path_factory.mktemp("no_dropout")
+    words = (
+        "--model_name_or_path", write_flan_t5(folder / "model", dropout_rate=0.0), "--lora_dropout", "0",
+        "--train_file", data_files["train"], "--total_train_batch_size", "8", "--logging_steps", "1",
+        "--per_device_train_batch_size", "2", "--max_train_steps", NUM_SHORT_STEPS, "--mixed_precision", "no",
+    )  # fmt: skip
+    run = run_script("train_lora.py", *words, "--output_dir", folder / "out")
+    assert run.returncode == 0, run.stderr
+    return words, load_file(folder / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config_file, strategy", [("multi_node", "MULTI_CPU"), ("deepspeed_zero2", "DEEPSPEED_ZERO2")]
+)
+@pytest.mark.parametrize("num_nodes", [2, 3])
+def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_path, num_nodes, config_file, strategy):
+    words, expected = no_dropout
+    words = (*words, "--output_dir", tmp_path / "out", "--config_file", f"accelerate_configs/{config_file}.yaml")
+    job = cluster.submit(tmp_path / "log", "--nodes", num_nodes, "slurm/train_lora.sbatch", *words)
+    assert cluster.finish(job, 120)["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())
+    assert (manifest["num_processes"], manifest["strategy"]) == (num_nodes, strategy)
+    assert read_steps(tmp_path / "out") == list(range(1, NUM_SHORT_STEPS + 1))
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert adapter.keys() == expected.keys()
+    assert relative_difference(adapter, expected) < 1e-5  # sums in another order, of which AdamW shows what is near 0
+
+
+@pytest.mark.parametrize("word", ["utils.launcher", "train_lora.py"])
+def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
+    """While the config file is read, and while the script is loading: it stops at its first update and goes on."""
+    log = tmp_path / "log"
+    words = (*no_dropout[0], "--output_dir", tmp_path / "out", "--config_file=accelerate_configs/multi_gpu.yaml")
+    job = cluster.submit(log, "slurm/train_lora.sbatch", *words)
+    cluster.wait_for(job, "SLURM_PROCID=0", word)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: cluster.show(job)["Restarts"] == "1", 60, log.read_text)
+    assert "stopped after step 1;" in log.read_text()
+    fields = cluster.finish(job, 120)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert read_steps(tmp_path / "out") == list(range(1, NUM_SHORT_STEPS + 1))
+
+
+def test_a_config_file_that_is_not_there(cluster, tmp_path):
+    job = cluster.submit(tmp_path / "log", "slurm/train_full.sbatch", "--config_file", "nowhere.yaml")
+    fields = cluster.finish(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
+    assert "error: --config_file nowhere.yaml: " in (tmp_path / "log").read_text()
 
 
 def test_a_failing_script_fails_the_job(cluster, tmp_path):
