@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, make_rows, read_jsonl, run_script
+from conftest import HF_HOME, REPOSITORY, make_rows, read_jsonl, run_script
 from generation_worker import load_dialogues, write_unsure_model
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from utils.config import EvaluationConfig
+from utils.ctranslate import load_translator
 from utils.generation import generate_summaries
 from utils.modeling import load_model, load_tokenizer
 
@@ -73,12 +75,20 @@ def test_a_model_is_converted_once_and_again_when_it_changes(unsure_model, tmp_p
             with torch.no_grad():
                 model.shared.weight[7] += 0.001
             model.save_pretrained(folder)
-        run = run_script(*words, "--ctranslate2_compute_type", compute_type)
+        run = run_script(*words, "--ctranslate2_compute_type", compute_type, num_processes=1 + len(converted) // 2)
         assert run.returncode == 0, run.stderr
         converted.append({path.name: path.stat().st_ctime_ns for path in (folder / "ctranslate2").iterdir()})
         assert len([row for row in read_jsonl(tmp_path / "report" / "predictions.jsonl") if row["model"] == "a"]) == 2
     assert len(converted[0]) == 1 and converted[1] == converted[0]
     assert len(converted[2]) == 2 and converted[2].items() > converted[0].items()
+
+
+def test_a_model_of_the_hub_is_converted_into_its_cache(unsure_model):
+    model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32), load_tokenizer(str(unsure_model))
+    config = EvaluationConfig(generation_backend="ctranslate2")
+    load_translator(Accelerator(), model, tokenizer, "someone/unsure", "0123456789abcdef" * 4, config)
+    assert (Path(HF_HUB_CACHE) / "ctranslate2" / "0123456789abcdef" / "model.bin").is_file()
+    assert str(HF_HUB_CACHE).startswith(HF_HOME.name)
 
 
 def test_what_cannot_be_is_said_in_one_line(flan_t5, data_files, tmp_path):

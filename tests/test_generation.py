@@ -104,6 +104,15 @@ def test_texts_that_have_ended_cost_nothing(unsure_model):
     assert sum(num_encoded) == len(prompts)  # once, and not once for each beam
 
 
+def test_a_lower_limit_cuts_the_same_texts(unsure_model):
+    model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()]).input_ids
+    whole = decode_batch(model, prompts, EvaluationConfig(max_new_tokens=24))
+    for limit in range(1, 24):
+        cut = [(ids[:limit], truncated or len(ids) > limit) for ids, truncated in whole]
+        assert decode_batch(model, prompts, EvaluationConfig(max_new_tokens=limit)) == cut
+
+
 def test_a_repeated_dialogue_is_generated_once(flan_t5, monkeypatch):
     dialogues = [row["dialogue"] for row in make_rows(5)]
     num_prompts = []
@@ -202,12 +211,13 @@ def test_a_killed_generation_goes_on_where_it_stopped(unsure_model, tmp_path):
         file.write("\n" + lines[-1][:40])  # torn
     num_whole = sum(line.endswith("}") for line in lines)
 
-    again = run(command(killed))
+    # Also with another number of processes: the batches are the same.
+    again = run_script(*command(killed)[1:], num_processes=2)
     assert again.returncode == 0, again.stderr
     num_kept = sum(int(line.split()[1]) for line in again.stderr.splitlines() if "from an earlier run" in line)
     assert num_kept == num_whole
     assert (killed / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
-    assert not partial_file.exists()
+    assert not list(killed.glob("*.partial*"))
     # A report that is there is not replaced unasked.
     refused = run(command(killed))
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
