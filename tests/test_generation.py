@@ -17,9 +17,10 @@ from conftest import REPOSITORY, make_rows, read_jsonl, run_script
 from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
+from utils.batching import deal
 from utils.config import EvaluationConfig, UserError
 from utils.decoding import build_sampler, decode_batch
-from utils.generation import cut_batches, generate_summaries
+from utils.generation import cut_batches, estimate_cost, generate_summaries
 from utils.modeling import load_model, load_tokenizer
 from utils.partial_texts import read_batches
 from utils.prompting import build_prompt
@@ -137,8 +138,20 @@ def test_batches_are_bounded_by_tokens_and_hold_each_prompt_once():
         assert longest == sorted(longest, reverse=True)
         tokens = [num_beams * len(batch) * (top + 24) for batch, top in zip(batches, longest, strict=True)]
         assert max(tokens) <= max(size, num_beams) * (1018 + 24)
-    assert 16 <= len(cut_batches(lengths, EvaluationConfig(per_device_eval_batch_size=1000))) <= 24
-    assert len(cut_batches(lengths[:10], EvaluationConfig())) == 2  # few prompts are not torn into more
+    assert len(cut_batches(lengths[:20], EvaluationConfig())) == 1  # few prompts are not torn apart
+
+
+@pytest.mark.parametrize("num_processes", [2, 4, 8, 16])
+def test_processes_get_shares_of_equal_cost(num_processes):
+    lengths = list(range(60, 660, 2))
+    config = EvaluationConfig()
+    batches = cut_batches(lengths, config)
+    assert len(batches) == 16
+    costs = [estimate_cost([lengths[index] for index in batch], config) for batch in batches]
+    shares = [deal(list(range(16)), costs, rank, num_processes) for rank in range(num_processes)]
+    assert sorted(itertools.chain(*shares)) == list(range(16))
+    of_ranks = [sum(costs[number] for number in share) for share in shares]
+    assert max(of_ranks) < 1.06 * sum(of_ranks) / num_processes
 
 
 def test_one_two_and_three_processes_give_the_same_texts(unsure_model, tmp_path):

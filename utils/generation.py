@@ -21,7 +21,7 @@ from utils.modeling import check_folder, load_model, load_tokenizer
 from utils.partial_texts import Summary, append_batch, hash_model, read_batches
 
 logger = logging.getLogger(__name__)
-NUM_BATCHES = 16
+NUM_BATCHES, MIN_PROMPTS = 16, 16
 # What the texts follow from, beside model, prompt and versions.
 DECODING_SETTINGS = (
     "attn_implementation", "max_new_tokens", "num_beams", "length_penalty",
@@ -119,10 +119,7 @@ def generate_texts(
         num_kept = sum(map(len, done.values()))
         logger.info("%s: %d of %d texts are there from an earlier run", name, num_kept, len(prompt_ids))
     missing = [number for number, key in enumerate(keys) if key not in done]
-    costs = [
-        micro_batch_cost(len(batches[number]), len(prompt_ids[batches[number][0]]), config.max_new_tokens)
-        for number in missing
-    ]
+    costs = [estimate_cost([len(prompt_ids[index]) for index in batches[number]], config) for number in missing]
     mine = deal(missing, costs, accelerator.process_index, accelerator.num_processes)
     num_prompts, mine_done = sum(len(batches[number]) for number in mine), {}
     with tqdm(desc=name, total=num_prompts, disable=not (name and accelerator.is_main_process)) as progress:
@@ -149,18 +146,25 @@ def cut_batches(lengths: list[int], config: EvaluationConfig) -> list[list[int]]
     do not either.
 
     A batch is bounded by the tokens that the model's cache may come to hold, padded sources and new ones, of all
-    beams: at most those of per_device_eval_batch_size prompts of full length. There are about NUM_BATCHES, so that
-    several processes can share them out, unless batches of 8 prompts of full length make fewer.
+    beams: at most those of per_device_eval_batch_size prompts of full length. If that allows it there are NUM_BATCHES
+    of about equal cost, for several processes to share, but of no fewer than about MIN_PROMPTS prompts.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    full = lengths[longest_first[0]] + config.max_new_tokens
-    total = config.num_beams * (sum(lengths) + len(lengths) * config.max_new_tokens)
-    limit = min(config.per_device_eval_batch_size * full, max(8 * full, total / NUM_BATCHES))
-    batches = [[]]
+    token_limit = config.per_device_eval_batch_size * (lengths[longest_first[0]] + config.max_new_tokens)
+    costs = {index: estimate_cost([lengths[index]], config) for index in longest_first}
+    share = sum(costs.values()) / min(NUM_BATCHES, max(1, len(lengths) // MIN_PROMPTS))
+    batches, cost_so_far = [[]], 0
     for index in longest_first:
         batch = batches[-1]
         longest = lengths[batch[0]] + config.max_new_tokens if batch else 0
-        if config.num_beams * (len(batch) + 1) * longest > limit and batch:
+        fits = config.num_beams * (len(batch) + 1) * longest <= token_limit
+        if batch and (not fits or cost_so_far + costs[index] / 2 > len(batches) * share):
             batches.append([])
         batches[-1].append(index)
+        cost_so_far += costs[index]
     return batches
+
+
+def estimate_cost(lengths: list[int], config: EvaluationConfig) -> float:
+    """Of prompts of these lengths, if their texts get as long as they may; see micro_batch_cost."""
+    return sum(float(micro_batch_cost(1, length, config.max_new_tokens)) for length in lengths)
