@@ -5,13 +5,21 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import write_flan_t5
+from conftest import REPOSITORY, write_flan_t5
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Tokenizer
 
 from utils.config import LoraTrainingConfig
 from utils.lora import add_lora
-from utils.modeling import check_head, compare_with_folder, count_parameters, export_model, load_model, load_tokenizer
+from utils.modeling import (
+    check_head,
+    compare_with_folder,
+    count_parameters,
+    export_model,
+    load_model,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 
 def test_parameters_of_flan_t5_base(tmp_path):
@@ -72,3 +80,23 @@ def test_export_is_compared_with_what_was_trained(flan_t5, name):
     changed = state_dict | {name: state_dict[name] + 1e-6 * torch.randn_like(state_dict[name])}
     with pytest.raises(RuntimeError, match=name):
         compare_with_folder(changed, flan_t5)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """Of T5's class, with its 100 tokens that stand for left out text."""
+    demo = json.loads((REPOSITORY / "demo" / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    return T5Tokenizer(vocab=[tuple(piece) for piece in demo["model"]["vocab"]])
+
+
+def test_the_tokenizer_is_saved_for_transformers_4_too(flan_t5, tmp_path):
+    """That it does load there is checked by transformers_4.py."""
+    for name, tokenizer in (("t5", build_t5_tokenizer()), ("demo", load_tokenizer(str(flan_t5)))):
+        save_tokenizer(tokenizer, tmp_path / name)
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert "extra_special_tokens" not in config
+        assert len(config.get("additional_special_tokens", [])) == (100 if name == "t5" else 0)
+        assert config["tokenizer_class"] == ("T5Tokenizer" if name == "t5" else "PreTrainedTokenizerFast")
+        reloaded, text = load_tokenizer(str(tmp_path / name)), "#Person1#: I lend <extra_id_7> the tent.</s>"
+        assert type(reloaded) is type(tokenizer)
+        assert reloaded(text).input_ids == tokenizer(text).input_ids
+        assert reloaded.all_special_tokens == tokenizer.all_special_tokens

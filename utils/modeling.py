@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from utils.config import TrainingConfig, UserError
-from utils.files import raise_disk_errors
+from utils.files import raise_disk_errors, write_json
 from utils.hub import explain_hub_errors
 from utils.shapes import load_shapes
 from utils.strategies import gather_tensor, whole_models, whole_shape
@@ -220,7 +220,7 @@ def write_model(
             model.save_pretrained(unchecked, state_dict=state_dict)
             if isinstance(model, PeftModel):
                 rename_magnitudes(unchecked / "adapter_model.safetensors")
-        tokenizer.save_pretrained(unchecked)
+        save_tokenizer(tokenizer, unchecked)
     except OSError as error:
         shutil.rmtree(unchecked, ignore_errors=True)
         raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
@@ -234,6 +234,18 @@ def write_model(
         path.replace(folder / path.name)
     unchecked.rmdir()
     logger.info("saved %s, reloaded and found equal to what was trained", folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):
+    """In words that transformers 4 reads as well: it knows no TokenizersBackend, and T5's tokens by their old name."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
 
 
 def rename_magnitudes(path: Path):
