@@ -65,7 +65,8 @@ def sum_target_losses(
         # forward pass, whether anything is padded.
         inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
     try:
-        logits = model(**inputs, use_cache=False).logits  # (target tokens, vocabulary)
+        with accelerator.autocast():  # which Accelerate puts around the forward of all models but FSDP2's
+            logits = model(**inputs, use_cache=False).logits  # (target tokens, vocabulary)
     finally:
         hook.remove()
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
