@@ -22,7 +22,7 @@ from utils.config import EvaluationConfig, UserError
 from utils.decoding import build_sampler, decode_batch
 from utils.generation import cut_batches, estimate_cost, generate_summaries
 from utils.modeling import load_model, load_tokenizer
-from utils.partial_texts import read_batches
+from utils.partial_texts import Summary, append_batch, read_batches, remove_batches
 from utils.prompting import build_prompt
 
 
@@ -236,6 +236,17 @@ def test_a_killed_generation_goes_on_where_it_stopped(unsure_model, tmp_path):
     # A report that is there is not replaced unasked.
     refused = run(command(killed))
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
+
+
+def test_a_torn_line_costs_its_own_batch_alone(tmp_path):
+    append_batch(Accelerator(), tmp_path, "first", [Summary("a\u2028b", False), Summary("", True)])
+    path = tmp_path / "predictions.partial-0.jsonl"
+    path.write_bytes(path.read_bytes() + '\n{"key": "torn", "summaries": [["\u00e9'.encode()[:-1])
+    append_batch(Accelerator(), tmp_path, "last", [Summary("c", True)])
+    expected = {"first": [("a\u2028b", False), ("", True)], "last": [("c", True)]}
+    assert read_batches(Accelerator(), tmp_path) == expected
+    remove_batches(tmp_path)
+    assert read_batches(Accelerator(), tmp_path) == {} and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", ["max_new_tokens", "weights", "dialogue", "nothing"])

@@ -179,6 +179,9 @@ class EvaluationConfig(DataConfig):
     ctranslate2_compute_type: Literal["float32", "bfloat16", "float16", "int8"] = setting(
         "float32", "precision of ctranslate2's weights; what the device lacks is refused"
     )
+    device_map: Literal["auto"] | None = setting(
+        None, "auto: spread a model that does not fit one GPU over all GPUs and the host's memory; one process"
+    )
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
@@ -208,6 +211,8 @@ class EvaluationConfig(DataConfig):
             raise UserError(f"--top_k must not be negative, got {self.top_k}")
         if self.do_sample and self.num_beams > 1:
             raise UserError("--do_sample draws one text: leave --num_beams at 1")
+        if self.device_map and self.generation_backend == "ctranslate2":
+            raise UserError("--device_map needs --generation_backend transformers: ctranslate2 has its own placement")
         if self.do_sample and self.generation_backend == "ctranslate2":
             raise UserError("--do_sample needs --generation_backend transformers: ctranslate2 has no seed per text")
         for name, needed, given in (

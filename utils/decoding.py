@@ -101,7 +101,7 @@ def decode_in_rounds(
             longest = int(mask[rows].sum(dim=1).max())
             ids, mask, encoded = ids[rows], mask[rows, :longest], encoded[rows, :longest]
             numbers = None if numbers is None else numbers[rows]
-            cache.batch_select_indices(rows)
+            cache.batch_select_indices(rows.cpu())  # a spread model's layers lie on several devices
             for layer in cache.cross_attention_cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
     return decoded

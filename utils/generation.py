@@ -19,6 +19,7 @@ from utils.data import describe_tokenizer, fingerprint, tokenize_prompts
 from utils.decoding import decode_batch
 from utils.modeling import check_folder, load_model, load_tokenizer
 from utils.partial_texts import Summary, append_batch, hash_model, read_batches
+from utils.placement import check_device_map, place_model
 
 logger = logging.getLogger(__name__)
 NUM_BATCHES, MIN_PROMPTS = 16, 16
@@ -40,6 +41,7 @@ def summarize_with_models(
         check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
     if config.generation_backend == "ctranslate2":
         check_ctranslate2(accelerator, config)
+    check_device_map(accelerator, config)
     tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
     kept = read_batches(accelerator, Path(config.output_dir))
     summaries = {}
@@ -89,7 +91,7 @@ def generate_summaries(
         translator = load_translator(accelerator, model, tokenizer, path, content, config)
         decode = partial(translate_batch, translator, tokenizer, config=config)
     else:
-        decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
+        decode = partial(decode_batch, place_model(model, accelerator, config).eval(), config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
     by_dialogue = dict(zip(distinct, summaries, strict=True))
     return [by_dialogue[dialogue] for dialogue in dialogues]
