@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,27 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
         "validation": write_rows(folder / "validation.jsonl", make_rows(9, seed=1)),
         "test": write_rows(folder / "test.jsonl", test_rows),
     }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system with room for so many KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(size: int) -> Path:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)], capture_output=True, check=False
+        )
+        if mounted.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+        return folder
+
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a tmpfs")
+    yield make
+    # Lazily: safetensors maps what it loads into memory for as long as a tensor lives.
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
 
 
 def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

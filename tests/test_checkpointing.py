@@ -714,27 +714,6 @@ def test_a_lora_checkpoint_is_the_adapter(never_stopped):
 # --- a disk that fails ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that makes a file system with room for so many KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def make(size: int) -> Path:
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)], capture_output=True, check=False
-        )
-        if mounted.returncode:
-            pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-        return folder
-
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root can mount a tmpfs")
-    yield make
-    # Lazily: safetensors maps what it loads into memory for as long as a tensor lives.
-    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
-
-
 def test_a_full_disk(paths, never_stopped, small_disk, caplog):
     """Room for the best, one checkpoint and the export, not for a second checkpoint."""
     output_dir = small_disk(2000) / "out"

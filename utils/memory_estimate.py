@@ -4,7 +4,7 @@ and devices and no content, is watched tensor by tensor. What a strategy shards 
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +46,12 @@ class MicroBatch:
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operators have made and that still live: now, at most, and at that moment in tensors
-    of `num_logits` elements."""
+    of `num_logits` elements. Those of `given` tensors, of which views are made, do not count."""
 
-    def __init__(self, num_logits: int):
+    def __init__(self, given: Iterable[torch.Tensor], num_logits: int):
         super().__init__()
         self.num_logits = num_logits
-        self.seen = WeakIdKeyDictionary()
+        self.seen = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in given})
         self.now = self.peak = self.logits_now = self.logits_at_peak = 0
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
@@ -114,7 +114,7 @@ def measure_micro_batch(
     if not keep_gradients:
         hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
     num_logits = num_targets * model.get_output_embeddings().weight.shape[0]
-    with LiveBytes(num_logits) as live, torch.set_grad_enabled(keep_gradients is not None):
+    with LiveBytes(model.parameters(), num_logits) as live, torch.set_grad_enabled(keep_gradients is not None):
         loss = sum_target_losses(accelerator, model, batch)
         if keep_gradients is not None:
             loss.backward()

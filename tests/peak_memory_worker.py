@@ -1,0 +1,43 @@
+"""Run a training script and write how many bytes of memory it took at most, counted from before it loads its model.
+
+python tests/peak_memory_worker.py FOLDER train_full.py --max_train_steps 2 ...      # -> FOLDER/peak_RANK.txt
+"""
+
+import functools
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils.modeling
+
+
+def read_memory(name: str) -> int:
+    """Bytes of this process's VmRSS or VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+
+def main(folder: str, script: str):
+    load_model, before = utils.modeling.load_model, []
+
+    @functools.wraps(load_model)
+    def watched_load_model(*arguments, **keywords):
+        if not before:
+            before.append(read_memory("VmRSS"))
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        return load_model(*arguments, **keywords)
+
+    utils.modeling.load_model = watched_load_model
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        peak = read_memory("VmHWM") - before[0]
+        (Path(folder) / f"peak_{os.environ.get('RANK', '0')}.txt").write_text(str(peak))
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    main(sys.argv.pop(0), sys.argv[0])

@@ -1,0 +1,205 @@
+"""--preflight says what the run then is, writes nothing, and its estimates of memory are near what is measured."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import make_rows, read_jsonl, run_script, write_flan_t5, write_rows
+from test_strategies import launch
+
+import train_full
+from utils.config import TrainingConfig, UserError
+
+UNITS = {"GB": 1e9, "MB": 1e6}
+
+
+def words(kind: str, model: Path, files: dict[str, Path], output_dir: Path, *more: object) -> list:
+    return [
+        f"train_{kind}.py", "--model_name_or_path", model, "--train_file", files["train"], "--validation_file",
+        files["validation"], "--output_dir", output_dir, *more,
+    ]  # fmt: skip
+
+
+def read_bytes(screen: str, name: str) -> float:
+    number, unit = re.search(rf"^  {name} +([\d.,]+) (GB|MB)$", screen, flags=re.MULTILINE).groups()
+    return float(number.replace(",", "")) * UNITS[unit]
+
+
+@pytest.mark.parametrize(("kind", "num_processes"), [("full", 1), ("lora", 1), ("full", 2)])
+def test_it_says_what_the_run_then_is(flan_t5, data_files, tmp_path, kind, num_processes):
+    sizes = ("--total_train_batch_size", 16, "--per_device_train_batch_size", 3, "--max_source_length", 40)
+    command = words(kind, flan_t5, data_files, tmp_path / "out", *sizes, "--logging_steps", 2, "--num_train_epochs", 2)
+    started = time.perf_counter()
+    preflight = run_script(*command, "--preflight", num_processes=num_processes)
+    seconds = time.perf_counter() - started
+    assert preflight.returncode == 0, preflight.stderr
+    assert seconds < 60, "about 6 on an idle machine"
+    screen = preflight.stdout
+    assert len(screen.splitlines()) <= 40 and max(map(len, screen.splitlines())) <= 119
+    assert screen.count("parameters  ") == 2, "said once, in all and as a part of memory"
+    assert os.listdir(tmp_path) == []
+
+    run = run_script(*command, num_processes=num_processes)
+    assert run.returncode == 0, run.stderr
+    manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())
+    counts = f"{manifest['num_parameters']:,}, of which {manifest['num_trainable_parameters']:,} are trained"
+    assert f"parameters  {counts}" in screen
+    assert f"{manifest['num_processes']} on 1 machine, {manifest['strategy']}, cpu" in screen
+    assert f"steps       {manifest['num_train_steps']} updates of 16 examples" in screen
+    assert f"plan        {6 // num_processes} micro-batches per update and process" in screen  # 16 / 3
+    lines = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"]
+    num_tokens = re.search(r"^ +([\d.]+) of the computed tokens", screen, flags=re.MULTILINE)
+    told = [1 / line["padding_efficiency"] for line in lines]
+    assert min(told) <= 1 / float(num_tokens[1]) + 1e-3 and 1 / float(num_tokens[1]) - 1e-3 <= max(told)
+    longest = max(len(row["dialogue"].split()) for row in make_rows(40))
+    source = next(line.split() for line in screen.splitlines() if line.startswith("train: train.jsonl"))
+    assert source[2] == "40" and int(source[6]) > longest and int(source[7]) > 0 and source[-1] == "40"
+    truncated = re.search(r"train: 40 examples, .* truncated: (\d+) sources at 40", preflight.stderr)
+    assert source[7] == truncated[1]
+
+
+@pytest.fixture
+def start(flan_t5, data_files, tmp_path):
+    """A function that starts a preflight of train_full.py in this process, with some settings changed."""
+
+    def start_preflight(**settings: object):
+        AcceleratorState._reset_state(True)
+        files = {f"{split}_file": str(data_files[split]) for split in ("train", "validation")}
+        given = {"model_name_or_path": str(flan_t5), "output_dir": str(tmp_path / "out"), "mixed_precision": "no"}
+        train_full.main(TrainingConfig(**(given | files | settings), preflight=True))
+
+    return start_preflight
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "text"),
+    [
+        ("train_file", "missing.jsonl", "missing.jsonl: no such file"),
+        ("train_file", "broken.jsonl", "broken.jsonl, line 1, column 2: broken JSON"),
+        ("model_name_or_path", "./no/model", "--model_name_or_path ./no/model: no such folder"),
+        ("model_name_or_path", "no/model", "--model_name_or_path no/model: not in the cache"),
+        (
+            "model_name_or_path",
+            "without_weights",
+            "--model_name_or_path .* cannot be loaded .*no file named",
+        ),
+        ("model_name_or_path", "cut_off", "--model_name_or_path .* cannot be loaded as a model: "),
+        ("model_name_or_path", "lacking", "--model_name_or_path .*: its weights lack encoder.final_layer_norm.weight"),
+        ("output_dir", "held", "--output_dir .*held holds a run already .metrics.jsonl."),
+        ("resume_from_checkpoint", "out/checkpoints/step_000001", "no such folder"),
+        ("max_source_length", 2, "--max_source_length must be over "),
+    ],
+)
+def test_what_the_run_would_refuse(start, flan_t5, tmp_path, capsys, setting, value, text):
+    (tmp_path / "broken.jsonl").write_text("{broken\n")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "metrics.jsonl").write_text("{}\n")
+    weights = (flan_t5 / "model.safetensors").read_bytes()
+    for name, content in (("without_weights", b""), ("cut_off", weights[:-1000]), ("lacking", weights)):
+        (tmp_path / name).mkdir()
+        for path in flan_t5.glob("*.json"):
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+        if content:
+            renamed = (
+                content.replace(b"encoder.final_layer_norm", b"encoder.other_layer_norm")
+                if name == "lacking"
+                else content
+            )
+            (tmp_path / name / "model.safetensors").write_bytes(renamed)
+    before = sorted(tmp_path.rglob("*"))
+    is_path = (tmp_path / str(value)).exists() or str(value).endswith(".jsonl")
+    with pytest.raises(UserError, match=text):
+        start(**{setting: str(tmp_path / value) if is_path else value})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert capsys.readouterr().out == ""
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(flan_t5, data_files, tmp_path):
+    files = data_files | {"train": tmp_path / "missing.csv"}
+    run = run_script(*words("full", flan_t5, files, tmp_path / "out", "--preflight"), num_processes=1)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.splitlines()[-1] == f"train_full.py: error: {tmp_path / 'missing.csv'}: no such file"
+
+
+def test_a_disk_too_small(start, tmp_path, small_disk, capsys):
+    """60,384 parameters: 12 bytes of each for two checkpoints, 4 for two best models and the export."""
+    output_dir = small_disk(700) / "out"
+    text = "--output_dir .*out: checkpoints and export take ([0-9.]+) MB, and [01] MB are free; lower "
+    with pytest.raises(UserError, match=text):
+        start(output_dir=str(output_dir), max_train_steps=20)
+    assert "\ndisk  " in capsys.readouterr().out, "the screen is printed all the same"
+    assert not output_dir.exists()
+
+
+def test_memory_too_small(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.preflight.measure_free_memory", lambda accelerator: 1_000_000)
+    with pytest.raises(UserError, match="out of memory: a process is estimated to need .* MB, and 1 MB are free"):
+        start()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_can_go_on(flan_t5, data_files, tmp_path, capsys, start):
+    run = run_script(*words("full", flan_t5, data_files, tmp_path / "out", "--mixed_precision=no"))
+    assert run.returncode == 0, run.stderr
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    start(resume_from_checkpoint="latest")
+    assert "out: the run goes on from step_000001, of 1 updates" in capsys.readouterr().out
+    start(overwrite_output_dir=True)
+    assert "out: holds a run, which will be replaced" in capsys.readouterr().out
+    with pytest.raises(UserError, match="it is of another run: learning_rate was 0.001 and is 0.1"):
+        start(resume_from_checkpoint="latest", learning_rate=0.1)
+    (tmp_path / "out" / "checkpoints" / "step_000001" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="step_000001: state.json has 2 bytes of "):
+        start(resume_from_checkpoint="latest")
+    del before[tmp_path / "out" / "checkpoints" / "step_000001" / "state.json"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+    """A model of 41 million parameters, of which 25 are embedding and head as in Flan-T5, and rows of equal length."""
+    folder = tmp_path_factory.mktemp("large")
+    model = write_flan_t5(
+        folder / "model", vocab_size=32128, d_model=384, d_kv=64, num_heads=6, d_ff=1024, num_layers=4
+    )
+    rows = [
+        {"id": str(number), "dialogue": f"{number % 10} " + "you can lend " * 40, "summary": "I can meet you " * 6}
+        for number in range(32)
+    ]
+    return model, {name: write_rows(folder / f"{name}.jsonl", rows) for name in ("train", "validation")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "strategy"),
+    [
+        ("full", "no", "one process"),
+        ("full", "bf16", "one process"),
+        ("lora", "no", "one process"),
+        ("lora", "bf16", "one process"),
+        ("full", "no", "ddp"),
+        ("full", "no", "deepspeed_zero2"),
+        ("full", "no", "deepspeed_zero3"),
+        ("full", "no", "fsdp2"),
+    ],
+)
+def test_estimates_are_near_the_measured_peak(large, tmp_path, monkeypatch, kind, precision, strategy):
+    # Freed memory goes back to the system at once, instead of after some more: what is counted is what is in use.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    size = 16 if kind == "lora" else 4  # without LoRA the activations matter less
+    batches = ("--per_device_train_batch_size", size, "--total_train_batch_size", 16, "--max_train_steps", 2)
+    command = words(kind, *large, tmp_path / "out", "--mixed_precision", precision, *batches, "--max_eval_samples", 4)
+    preflight = launch(strategy, *command, "--preflight")
+    assert preflight.returncode == 0, preflight.stderr
+    estimates = [
+        read_bytes(preflight.stdout, name)
+        for name in ("a gradient being computed, the sum", "validation, a checkpoint being written")
+    ]
+    run = launch(strategy, "tests/peak_memory_worker.py", tmp_path, *command)
+    assert run.returncode == 0, run.stderr
+    measured = float((tmp_path / "peak_0.txt").read_text())
+    assert max(estimates) == pytest.approx(measured, rel=0.25)
