@@ -1,13 +1,17 @@
 """What the launchers do without a word is refused, by the real `accelerate launch`; and what they can do works."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_jsonl, run_command, run_script
+from conftest import REPOSITORY, read_jsonl, run_command, run_script
 
 from utils.config import TrainingConfig, UserError
 from utils.launcher import check_launcher, config_environment
@@ -187,6 +191,30 @@ def test_variables_that_change_nothing(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     check_launcher(TrainingConfig())
+
+
+def test_a_shell_that_ends_takes_no_training_along(flan_t5, data_files, tmp_path):
+    """A process stops when its `accelerate launch` is gone, whatever variables of it somebody has exported."""
+    words = [
+        "python", "train_lora.py", "--model_name_or_path", flan_t5, "--train_file", data_files["train"],
+        "--total_train_batch_size", "4", "--logging_steps", "1", "--max_train_steps", "40", "--output_dir", tmp_path,
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    command = f"{shlex.join(map(str, words))} & wait"
+    with subprocess.Popen(
+        ["bash", "-c", command], cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL
+    ) as shell:
+        wait_until((tmp_path / "metrics.jsonl").exists)
+        shell.kill()
+    wait_until((tmp_path / "adapter_model.safetensors").exists)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 40
+
+
+def wait_until(condition: Callable[[], bool]):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", ["deepspeed_zero3_offload", "fsdp2", "cpu"])
