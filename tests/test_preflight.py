@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
+import hub_standin
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import make_rows, read_jsonl, run_script, write_flan_t5, write_rows
+from safetensors.torch import load_file
+from test_models import write_bart
 from test_strategies import launch
+from transformers import AutoModelForSeq2SeqLM
 
 import train_full
 from utils.config import TrainingConfig, UserError
@@ -126,7 +131,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(flan_t5, data_files, tmp_path):
 
 
 def test_a_disk_too_small(start, tmp_path, small_disk, capsys):
-    """60,384 parameters: 12 bytes of each for two checkpoints, 4 for two best models and the export."""
+    """12 bytes of each parameter for each of two checkpoints, 4 for each of two best models and the export."""
     output_dir = small_disk(700) / "out"
     text = "--output_dir .*out: checkpoints and export take ([0-9.]+) MB, and [01] MB are free; lower "
     with pytest.raises(UserError, match=text):
@@ -157,6 +162,33 @@ def test_a_run_that_can_go_on(flan_t5, data_files, tmp_path, capsys, start):
         start(resume_from_checkpoint="latest")
     del before[tmp_path / "out" / "checkpoints" / "step_000001" / "state.json"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_bart(start, tmp_path, capsys):
+    """Its head is the embedding, and has a bias that is no parameter."""
+    write_bart(tmp_path / "bart")
+    start(model_name_or_path=str(tmp_path / "bart"), max_source_length=64, max_target_length=64)
+    num_parameters = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bart").num_parameters()
+    assert f"parameters  {num_parameters:,}, of which {num_parameters:,} are trained" in capsys.readouterr().out
+
+
+def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path):
+    root, home = tmp_path / "hub", tmp_path / "home"
+    shutil.copytree(flan_t5, root / "models" / "org" / "model")
+    command = words("full", "org/model", data_files, tmp_path / "out", "--preflight")
+    with hub_standin.serve(root) as server:
+        environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        here = run_script(*command, **environment)
+        missing = run_script(*[word if word != "org/model" else "org/other" for word in command], **environment)
+    assert here.returncode == 0, here.stderr
+    assert "model       org/model, t5, to be downloaded from the hub\n" in here.stdout
+    # The head is its own, whatever transformers makes of config.json.
+    num_parameters = sum(tensor.numel() for tensor in load_file(flan_t5 / "model.safetensors").values())
+    assert f"parameters  {num_parameters:,}, of which" in here.stdout
+    assert list(home.rglob("config.json")) and not list(home.rglob("*.safetensors"))
+    assert missing.returncode == 2 and "--model_name_or_path org/other: no such model at" in missing.stderr
+    offline = run_script(*command, **environment | {"HF_HUB_OFFLINE": "1"})
+    assert offline.returncode == 2 and "--model_name_or_path org/model: not in the cache" in offline.stderr
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from utils.checkpointing import IDENTITY_SETTINGS
 from utils.config import TrainingConfig, UserError
 from utils.memory_estimate import MicroBatch, count_bytes, estimate_memory
 from utils.modeling import count_parameters
+from utils.shapes import is_at_hand
 from utils.strategies import name_strategy
 from utils.tracking import find_run_files
 
@@ -104,11 +105,14 @@ def describe_start(
     accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]
 ) -> list[str]:
     num_parameters, num_trained = count_parameters(model)
+    place = "in the hub's cache" if is_at_hand(config.model_name_or_path) else "to be downloaded from the hub"
+    if Path(config.model_name_or_path).is_dir():
+        place = "a folder"
     machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return [
         f"processes   {accelerator.num_processes} on {machines} machine{'s' * (machines > 1)}, "
         f"{name_strategy(accelerator)}, {accelerator.device.type}, --mixed_precision {config.mixed_precision}",
-        f"model       {config.model_name_or_path}, {model.config.model_type}",
+        f"model       {config.model_name_or_path}, {model.config.model_type}, {place}",
         f"parameters  {num_parameters:,}, of which {num_trained:,} are trained ({num_trained / num_parameters:.2%})",
         f"output_dir  {config.output_dir}: {describe_output_dir(config, run)}",
     ]
