@@ -13,8 +13,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig, UserError
+from utils.decoding import ENCODER_TOKENS
 
-ENCODER_TOKENS = 2048
 MODEL_TYPES = ("t5", "mt5", "umt5")  # its converter does not know transformers 5's BART
 
 
