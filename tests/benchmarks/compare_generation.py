@@ -91,9 +91,8 @@ def draw(results: dict[str, dict], threads: int, path: Path):
     axes.bar_label(bars, [f" {figures['speed_ratio']['median']:.1f}x" for figures in results.values()])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(
-        xlabel="rows per second", title=f"Generation, {threads} threads of a CPU (median, range, times the Trainer's)"
-    )
+    axes.set(xlabel="rows per second")
+    figure.suptitle(f"Generation, threads of a CPU: {threads} (median, range, times the Trainer's)")
     figure.savefig(path, dpi=150)
 
 
