@@ -183,6 +183,19 @@ def test_variables_that_are_set_by_hand(monkeypatch, variables, message):
     assert str(error.value).startswith(message)
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name, value in {"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the launcher has started 3 processes on this machine, which has 2 GPUs"):
+        check_launcher(TrainingConfig())
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    check_launcher(TrainingConfig())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    check_launcher(TrainingConfig())
+
+
 def test_variables_that_change_nothing(monkeypatch):
     for name, value in {
         "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_CLIPPING": "1.0", "ACCELERATE_DYNAMO_BACKEND": "NO",

@@ -90,6 +90,9 @@ def check_num_processes(launch: Namespace | None):
             f"num_processes is {asked} and accelerate launch has started {started}; take --num_processes 1, or start "
             f"{asked} with: {instead}"
         )
+    here, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if 0 < num_devices < here and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        raise UserError(f"the launcher has started {here} processes on this machine, which has {num_devices} GPUs")
     num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if num_tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
