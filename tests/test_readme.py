@@ -33,6 +33,10 @@ RUN_ELSEWHERE = {
 # Needs GPUs or more nodes than the tests have: their words are parsed; test_slurm.py runs the same files.
 PARSED = {
     "accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 train_full.py",
+    "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 train_full.py",
+    "accelerate launch --config_file accelerate_configs/deepspeed_zero3.yaml --num_processes 8 train_full.py",
+    "accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines 4 --num_processes 32 "
+    "--machine_rank 0 --main_process_ip node0 train_full.py",
     "sbatch slurm/train_lora.sbatch",
     "sbatch --nodes 4 --gpus-per-node 8 slurm/train_lora.sbatch --learning_rate 3e-4",
     "sbatch slurm/evaluate_rouge.sbatch",
@@ -101,5 +105,6 @@ def test_commands_for_own_data(flan_t5, tmp_path):
 def test_settings_named_in_readme_exist():
     known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
     launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array"}
+    launcher |= {"num_machines", "machine_rank", "main_process_ip"}
     named = set(re.findall(r"--([a-z][\w-]+)", (REPOSITORY / "README.md").read_text()))
     assert named <= known | launcher
