@@ -134,6 +134,7 @@ def test_another_variant_is_another_run(finished, flan_t5, data_files, monkeypat
 
 def test_a_finished_run_is_merged_afterwards(finished, flan_t5, data_files, tmp_path, caplog):
     caplog.set_level(logging.INFO)
+    (tmp_path / "merged" / "export.unchecked").mkdir(parents=True)  # left by a kill
     settings = {"resume_from_checkpoint": "latest", "merge_into": str(tmp_path / "merged")}
     train(flan_t5, data_files, finished["dora"], **VARIANTS["dora"], **settings)
     assert not [record for record in caplog.messages if "train loss" in record]
@@ -241,8 +242,6 @@ def test_a_model_that_may_be_replaced(finished, data_files, flan_t5, tmp_path):
     """All of it goes, so that nothing takes the merged model for an adapter; other people's files stay."""
     for name in ("adapter_config.json", "model-00001-of-00002.safetensors", "notes.txt"):
         (tmp_path / name).write_text("{}")
-    (tmp_path / "export.unchecked").mkdir()  # left by a kill
-    (tmp_path / "export.unchecked" / "model.safetensors").write_text("{}")
     settings = {"resume_from_checkpoint": "latest", "merge_into": str(tmp_path), "overwrite_output_dir": True}
     train(flan_t5, data_files, finished["rslora"], **VARIANTS["rslora"], **settings)
     assert {path.name for path in tmp_path.iterdir()} == (set(FULL_FILES) - set(RECORDS)) | {"notes.txt"}

@@ -38,7 +38,7 @@ def write_t5(folder: Path, model_class, config_class, tied: bool, activation: st
     tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
     config = config_class(
         vocab_size=len(tokenizer), d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, dropout_rate=0.1,
-        feed_forward_proj=activation, decoder_start_token_id=0,
+        feed_forward_proj=activation, decoder_start_token_id=0, tie_word_embeddings=tied,
     )  # fmt: skip
     model = model_class(config)
     if not tied:

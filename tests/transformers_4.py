@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 OTHER_VERSION = "transformers==4.57.*"
 BOUND = 1e-6  # relative; both compute in fp32 with the same torch
@@ -40,24 +47,29 @@ def measure(folders: list[str]):
 
 def train_all(folder: Path) -> list[Path]:
     """What the scripts leave, of a full model, of adapters and of merged ones, also of BART."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from conftest import make_rows, run_script, write_flan_t5, write_rows
     from test_modeling import build_t5_tokenizer
-    from test_models import write_bart
+    from test_models import write_bart, write_t5
 
     rows = write_rows(folder / "train.jsonl", make_rows(40))
+    models = {name: folder / name for name in ("flan", "old", "mt5", "bart")}
     tokenizer = build_t5_tokenizer()
-    models = {"t5": write_flan_t5(folder / "t5", vocab_size=len(tokenizer)), "bart": folder / "bart"}
+    # As the hub's: what the head takes is scaled where it is the embedding, and not where it has weights of its own.
+    write_flan_t5(models["flan"], vocab_size=len(tokenizer), tie_word_embeddings=False)
+    tokenizer.save_pretrained(models["flan"])
+    write_t5(models["old"], T5ForConditionalGeneration, T5Config, True, "relu")
+    write_t5(models["mt5"], MT5ForConditionalGeneration, MT5Config, False, "gated-gelu")
     write_bart(models["bart"])
-    models["demo"] = write_flan_t5(folder / "demo")  # whose tokenizer has no class of its own
-    tokenizer.save_pretrained(models["t5"])
     common = ["--train_file", rows, "--max_train_steps", 3, "--learning_rate", 0.01, "--total_train_batch_size", 8,
               "--max_source_length", 250]  # fmt: skip
     made = []
     for name, kind, words in (
-        ("t5_full", "full", []),
-        ("t5_lora", "lora", ["--merge_into", folder / "t5_merged"]),
-        ("t5_dora", "lora", ["--use_dora", "--use_rslora", "--merge_into", folder / "t5_dora_merged"]),
-        ("demo_full", "full", []),
+        ("flan_full", "full", []),
+        ("flan_lora", "lora", ["--merge_into", folder / "flan_merged"]),
+        ("flan_dora", "lora", ["--use_dora", "--use_rslora", "--merge_into", folder / "flan_dora_merged"]),
+        ("old_full", "full", []),
+        ("mt5_full", "full", []),
         ("bart_full", "full", []),
         ("bart_lora", "lora", ["--lora_target_modules", "q_proj", "v_proj", "--merge_into", folder / "bart_merged"]),
     ):
