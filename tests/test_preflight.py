@@ -180,11 +180,14 @@ def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path):
         environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         here = run_script(*command, **environment)
         missing = run_script(*[word if word != "org/model" else "org/other" for word in command], **environment)
+        (root / "models" / "org" / "model" / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+        without_safetensors = run_script(*command, **environment)
     assert here.returncode == 0, here.stderr
     assert "model       org/model, t5, to be downloaded from the hub\n" in here.stdout
     # The head is its own, whatever transformers makes of config.json.
     num_parameters = sum(tensor.numel() for tensor in load_file(flan_t5 / "model.safetensors").values())
     assert f"parameters  {num_parameters:,}, of which" in here.stdout
+    assert without_safetensors.returncode == 0, without_safetensors.stderr
     assert list(home.rglob("config.json")) and not list(home.rglob("*.safetensors"))
     assert missing.returncode == 2 and "--model_name_or_path org/other: no such model at" in missing.stderr
     offline = run_script(*command, **environment | {"HF_HUB_OFFLINE": "1"})

@@ -150,9 +150,17 @@ def share_out(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, int
             parts["gradients"] = trained // n
         if strategy == "DEEPSPEED_ZERO3":
             parts["parameters"] = weights // n
-            # Gathered weights stay, until there are so many.
-            parts["copies"] += min(weights, 4 * number_in(settings, "stage3_max_live_parameters", 1e9))
+            # Gathered weights stay, until there are so many, and are copied from a buffer of those gathered together.
+            for name, default in (("stage3_max_live_parameters", 1e9), ("stage3_prefetch_bucket_size", 5e7)):
+                parts["copies"] += min(weights, 4 * number_in(settings, name, default))
+            if accelerator.device.type == "cuda":
+                parts |= dict.fromkeys(find_offloaded(settings), 0)  # they are in the host's memory
     return parts
+
+
+def find_offloaded(settings: dict) -> list[str]:
+    parts = {"offload_param": ("parameters",), "offload_optimizer": ("gradients", "optimizer")}
+    return [part for name in parts if (settings.get(name) or {}).get("device") == "cpu" for part in parts[name]]
 
 
 def number_in(settings: dict, name: str, default: float) -> int:

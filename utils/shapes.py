@@ -19,7 +19,10 @@ def load_shapes(name_or_path: str, config: PretrainedConfig, **settings: Any) ->
     unset_hf_deepspeed_config()  # ZeRO-3 would shard what is not there
     if is_at_hand(name_or_path):
         return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, device_map="meta", **settings)
-    names = huggingface_hub.get_safetensors_metadata(name_or_path).weight_map
+    try:
+        names = huggingface_hub.get_safetensors_metadata(name_or_path).weight_map
+    except huggingface_hub.errors.NotASafetensorsRepoError:  # such as mt5's, of which only the config is known then
+        names = {}
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(
             config, dtype=settings["dtype"], attn_implementation=settings["attn_implementation"]
