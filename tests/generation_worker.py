@@ -1,4 +1,4 @@
-"""Summaries on one or several processes, for the tests of generation: python generation_worker.py MODEL OUTPUT_FOLDER"""
+"""Summaries on one or several processes, for tests: python generation_worker.py MODEL OUTPUT_FOLDER"""
 
 import json
 import sys
