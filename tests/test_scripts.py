@@ -59,7 +59,8 @@ def test_the_training_scripts_differ_by_what_they_build():
         "from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer",
         "def main(config: TrainingConfig):",
         "    model = load_model(",
-        "        config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight",
+        "        config.model_name_or_path, config.attn_implementation, torch.float32, "
+        "without_weights=config.preflight",
         "    )",
         '    run_script(main, TrainingConfig, "train_full.yaml")',
     ]
