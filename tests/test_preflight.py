@@ -136,7 +136,9 @@ def test_a_disk_too_small(start, tmp_path, small_disk, capsys):
     text = "--output_dir .*out: checkpoints and export take ([0-9.]+) MB, and [01] MB are free; lower "
     with pytest.raises(UserError, match=text):
         start(output_dir=str(output_dir), max_train_steps=20)
-    assert "\ndisk  " in capsys.readouterr().out, "the screen is printed all the same"
+    screen = capsys.readouterr().out
+    assert "\ndisk  " in screen, "it is printed all the same"
+    assert read_bytes(screen, "a checkpoint being written") == 1e6, "three times 0.4 MB"
     assert not output_dir.exists()
 
 

@@ -21,8 +21,8 @@ import train_full
 import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.data import load_rows, tokenize_rows
-from utils.loss import compute_gradient, load_batches
 from utils.lora import add_lora
+from utils.loss import compute_gradient, load_batches
 from utils.modeling import load_model, load_tokenizer
 from utils.prompting import build_prompt
 

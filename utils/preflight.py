@@ -50,7 +50,9 @@ def report_preflight(
             lines = describe_start(accelerator, config, model, run)
             lines += describe_data(config, {"train": train_data, "validation": validation_data})
             lines += describe_plan(config, micro_batches, accelerator.num_processes, run["num_train_steps"])
-            memory_lines, needed = describe_memory(accelerator, config, model, micro_batches, validation_data, free)
+            memory_lines, needed = describe_memory(
+                accelerator, config, model, micro_batches, validation_data, run["num_train_steps"], free
+            )
             disk_lines, disk_needed, disk_free = describe_disk(config, model, validation_data, run["num_train_steps"])
             sys.stdout.write("\n".join([*lines, *memory_lines, *disk_lines]) + "\n")
             sys.stdout.flush()
@@ -175,6 +177,7 @@ def describe_memory(
     model: torch.nn.Module,
     micro_batches: list[list[MicroBatch]],
     validation_data: datasets.Dataset | None,
+    num_steps: int,
     free: int,
 ) -> tuple[list[str], int]:
     """Lines, and the bytes that a process needs."""
@@ -184,6 +187,8 @@ def describe_memory(
         plan = plan_pass(lengths, config.per_device_eval_batch_size, 0, accelerator.num_processes)
         validation = find_largest(measure_micro_batch_shape(lengths[indices]) for indices in plan)
     parts, moments = estimate_memory(accelerator, model, config, largest, validation, len(micro_batches[0]) > 1)
+    if accelerator.device.type == "cpu" and num_steps > config.checkpointing_steps:
+        parts["a checkpoint being written"] = 3 * count_bytes(model)[1]  # its copy, while training goes on
     moments = {"a gradient being computed, the sum": sum(parts.values())} | moments
     lines = ["", "memory of a process, estimated"]
     lines += [f"  {name:44}{format_bytes(size):>10}" for name, size in parts.items() if size]
@@ -205,7 +210,7 @@ def describe_disk(
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in held)
     line = (
-        f"disk        {format_bytes(needed)} for {num_checkpoints} checkpoints, {num_best} best and the export; "
+        f"disk        {format_bytes(needed)}: checkpoints {num_checkpoints}, best models {num_best}, the export; "
         f"{format_bytes(free)} free"
     )
     return ["", line], needed, free
