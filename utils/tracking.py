@@ -30,7 +30,7 @@ RUN_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "predictions.jsonl", "results.json", "report.html", "report.md",
 )  # fmt: skip
-RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
+RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
 
 
 def check_output_dir(config: Any):
