@@ -20,7 +20,7 @@ from utils.partial_texts import remove_batches
 from utils.predictions import load_predictions
 from utils.report import show_report
 from utils.scoring import write_results
-from utils.tracking import check_output_dir, clear_output_dir
+from utils.tracking import check_output_dir
 
 
 def main(config: EvaluationConfig):
@@ -51,8 +51,8 @@ def main(config: EvaluationConfig):
         # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
         predictions["random"] = random_training_summaries(load_rows(config, "train"), texts, config.seed)
 
-    clear_output_dir(accelerator, config, "predictions.jsonl", "results.json", "report.html", "report.md")
     if accelerator.is_main_process:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # each file in it is replaced when it is whole
         results = {"example": example | {"texts": shown}, "data_fingerprint": fingerprint(rows)}
         if facts:
             results["facts"] = {name: score_facts(of_model, facts) for name, of_model in predictions.items()}

@@ -44,7 +44,7 @@ def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(output_dir: str | Path, step: int) -> bool:
+def has_checkpoint(output_dir: str | Path, step: int) -> bool:
     return any(step_of(path) == step for path in find_checkpoints(output_dir))
 
 
@@ -64,11 +64,13 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*unfinished.iterdir(), unfinished):
             flush_to_disk(path)
+        replaced = folder.with_name(f"{folder.name}.replaced{UNFINISHED}")
         if folder.exists():  # the run has gone on from before it, or it is damaged
-            remove_checkpoint(folder, ".replaced")
+            folder.rename(replaced)
         unfinished.rename(folder)
         for path in (folder.parent, folder.parent.parent):
             flush_to_disk(path)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -96,9 +98,11 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: manifest.json cannot be read ({type(error).__name__})") from error
 
 
-def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+def choose_checkpoint(
+    config: TrainingConfig, run: dict[str, Any], but: tuple[str, ...] = ()
+) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `--resume_from_checkpoint` means, and its state; None for `latest` where there is none yet.
-    UserError if it is damaged or of another run."""
+    UserError if it is damaged or of another run, in anything `but` what is not known yet."""
     if config.resume_from_checkpoint != "latest":
         candidates = [Path(config.resume_from_checkpoint)]
         if not os.path.isdir(candidates[0]):
@@ -121,7 +125,7 @@ def choose_checkpoint(config: TrainingConfig, run: dict[str, Any]) -> tuple[Path
         for text in damage:
             logger.warning("%s: going on from %s", text, folder.name)
         for name in dict.fromkeys([*run, *state["run"]]):
-            if (here := run.get(name)) != (there := state["run"].get(name)):
+            if name not in but and (here := run.get(name)) != (there := state["run"].get(name)):
                 raise UserError(
                     f"--resume_from_checkpoint {folder}: it is of another run: {name} was {there} and is {here}"
                 )
@@ -140,9 +144,9 @@ def find_best(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
     return min(found, key=lambda pair: pair[1]["value"], default=(None, None))
 
 
-def remove_checkpoint(folder: Path, suffix: str = ""):
+def remove_checkpoint(folder: Path):
     """By another name first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
-    unfinished = folder.with_name(folder.name + suffix + UNFINISHED)
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     try:
         folder.rename(unfinished)
         shutil.rmtree(unfinished)

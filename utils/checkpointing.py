@@ -25,8 +25,8 @@ from utils.checkpoint_files import (
     UNFINISHED,
     choose_checkpoint,
     find_best,
-    find_checkpoint,
     find_checkpoints,
+    has_checkpoint,
     remove_checkpoint,
     step_of,
     write_checkpoint,
@@ -49,8 +49,11 @@ IDENTITY_SETTINGS = (
 
 def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, Any]:
     """What a checkpoint must agree on with the run that goes on from it, beside its data and its number of steps."""
-    settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS if hasattr(config, name)}
-    return {**settings, "model_fingerprint": fingerprint_model(model)}
+    return {**identity_settings(config), "model_fingerprint": fingerprint_model(model)}
+
+
+def identity_settings(config: TrainingConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in IDENTITY_SETTINGS if hasattr(config, name)}
 
 
 def fingerprint_model(model: torch.nn.Module) -> str:
@@ -91,6 +94,11 @@ class Checkpointer:
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
+
+    def has(self, step: int) -> bool:
+        """Whether the state after `step` updates is taken, and not only lies in another run's folder."""
+        is_here = self.folder is None or self.folder.parent.resolve() == self.parent.resolve()
+        return self.last_step == step and is_here
 
     @property
     def parent(self) -> Path:
@@ -199,7 +207,7 @@ class Checkpointer:
     def stop(self, request: StopRequest) -> NoReturn:
         """Leave the run to be gone on with: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
         failure = self.wait()
-        written = self.last_step == 0 or find_checkpoint(self.config.output_dir, self.last_step)
+        written = self.last_step == 0 or has_checkpoint(self.config.output_dir, self.last_step)
         if self.accelerator.is_main_process:
             with contextlib.suppress(OSError):
                 request.file.unlink(missing_ok=True)  # it has been heard

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,10 +98,12 @@ def start_processes(**settings: object) -> Accelerator:
     asked = next((strategy for strategy in ("DEEPSPEED", "FSDP") if asks_for(strategy)), None)
     if asked and "LOCAL_RANK" not in os.environ:
         raise UserError(f"ACCELERATE_USE_{asked} is set: start the script with accelerate launch or torchrun")
+    # The main process alone hashes checkpoints and writes and reloads models while the others wait.
+    settings["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]
     if not torch.accelerator.is_available():
         # CPU processes find each other on gloo, and must be told so; otherwise each takes itself for the only one.
         if asked == "DEEPSPEED":
-            settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+            settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(hours=2))]
         else:
             settings["cpu"] = True
     deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asked == "DEEPSPEED" else None

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import datasets
@@ -120,9 +119,8 @@ def merge_adapter(
                     f"of base and adapter by {difference:.1e} of the largest; {config.output_dir} holds the adapter"
                 )
             folder = Path(config.merge_into)
-            for path in find_run_files(folder):  # as --overwrite_output_dir says
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_model(accelerator, model, tokenizer, model.state_dict(), folder, "merge_into")
+            held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]
+            write_model(accelerator, model, tokenizer, model.state_dict(), folder, "merge_into", obsolete=held)
         logger.info("merged base and adapter: logits differ by %.1e of the largest", difference)
     accelerator.wait_for_everyone()
 

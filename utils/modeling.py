@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):
     except OSError as error:
         raise UserError(f"--{setting} {name_or_path}: ZeRO-3 needs its weights as model.safetensors") from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if own is not None and not gather_tensor(embedding.weight).equal(own):
+    if own is not None and not gather_tensor(embedding.weight).cpu().equal(own):
         head.weight = torch.nn.Parameter(own.to(model.dtype))
 
 
@@ -208,9 +209,10 @@ def write_model(
     folder: Path,
     setting: str,
     advice: str = "",
+    obsolete: Iterable[Path] = (),
 ):
     """Whole or not at all: the files are first written beside, loaded as anybody would load them and compared with
-    `state_dict`. For one process alone."""
+    `state_dict`; only then what is `obsolete` goes. For one process alone."""
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
     unchecked = folder / "export.unchecked"
@@ -229,6 +231,8 @@ def write_model(
         state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name}
     with whole_models(accelerator):
         compare_with_folder(state_dict, unchecked)
+    for path in obsolete:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     # The config last: a folder without it does not pass for a finished model.
     for path in sorted(unchecked.iterdir(), key=lambda path: path.name in CONFIG_FILES):
         path.replace(folder / path.name)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from utils.tracking import append_line
+from utils.files import append_line
 
 PATTERN = "predictions.partial-*.jsonl"
 

@@ -6,6 +6,7 @@ from typing import Any
 from utils.config import UserError
 from utils.data import check_encodable, read_file
 
+WORDS = {"true": True, "false": False, "": None}
 NUM_NAMED = 5  # ids that an error lists
 
 
@@ -61,6 +62,8 @@ def read_models(name: str | None, path: Path) -> dict[str, list[dict[str, Any]]]
             if not isinstance(row, dict) or not isinstance(row.get(column), types):
                 raise UserError(f"{where}, column {column!r}: expected text")
         check_encodable(row["prediction"], "prediction", where)
+        if isinstance(row.get("truncated"), str):  # a csv file's
+            row["truncated"] = WORDS.get(row["truncated"].lower(), row["truncated"])
         if not isinstance(row.get("truncated"), bool | None):
             raise UserError(f"{where}, column 'truncated': expected true or false, got {row['truncated']!r}")
     by_model = {}

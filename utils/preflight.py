@@ -3,7 +3,6 @@
 What the scripts do before training has been done by then, on a model without weights: the mistakes it finds are found.
 """
 
-import json
 import math
 import os
 import shutil
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import datasets
 import numpy as np
@@ -22,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.batching import measure_lengths, plan_pass, plan_steps
 from utils.checkpoint_files import choose_checkpoint
-from utils.checkpointing import IDENTITY_SETTINGS
+from utils.checkpointing import identity_settings
 from utils.config import TrainingConfig, UserError
 from utils.memory_estimate import MicroBatch, count_bytes, estimate_memory
 from utils.modeling import count_parameters
@@ -122,9 +120,8 @@ def describe_start(
 
 def describe_output_dir(config: TrainingConfig, run: dict[str, Any]) -> str:
     """UserError for a checkpoint that is damaged or of another run, but for the weights that it started from."""
-    settings = {name: getattr(config, name) for name in IDENTITY_SETTINGS if hasattr(config, name)}
     if config.resume_from_checkpoint:
-        found = choose_checkpoint(config, json.loads(json.dumps(settings | run)) | {"model_fingerprint": ANY})
+        found = choose_checkpoint(config, identity_settings(config) | run, but=("model_fingerprint",))
         if found:
             return f"the run goes on from {found[0].name}, of {run['num_train_steps']} updates"
     folder = Path(config.output_dir)

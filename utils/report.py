@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from utils.config import EvaluationConfig, UserError
 from utils.data import parse_json, read_file
+from utils.files import write_file
 from utils.html_report import build_page
 from utils.tables import Table, build_tables
 
@@ -41,9 +42,7 @@ def show_report(config: EvaluationConfig):
     results, predictions = read_results(Path(config.output_dir))
     pages = {"report.html": build_page(results, predictions), "report.md": format_markdown(results)}
     for name, text in pages.items():
-        unfinished = Path(config.output_dir) / f"{name}.part"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(Path(config.output_dir) / name)
+        write_file(Path(config.output_dir) / name, text.encode())
     sys.stdout.write(f"{format_results(results, has_color(sys.stdout))}\n\nwritten: {config.output_dir}\n")
 
 

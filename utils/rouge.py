@@ -44,7 +44,8 @@ class Rouge(evaluate.Metric):
         pairs = list(zip(predictions, references, strict=True))
         score = functools.partial(score_text, use_stemmer=use_stemmer, newline=newline)
         show = functools.partial(tqdm, total=len(pairs), desc=f"{name} ROUGE", unit="text", disable=not name)
-        num_cores = min(count_cores(), math.ceil(len(pairs) / CHUNK_SIZE))
+        # While training none: its 64 texts take no time, and its signals' handlers would keep a pool from ending.
+        num_cores = min(count_cores() if name else 1, math.ceil(len(pairs) / CHUNK_SIZE))
         if num_cores > 1:
             # Forked and not spawned, which would import torch and all else again: longer than the scoring takes.
             with multiprocessing.get_context("fork").Pool(num_cores) as pool:

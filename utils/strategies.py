@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from utils.config import TrainingConfig, UserError
 
@@ -57,11 +61,11 @@ def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if is_sharded(accelerator):
         if config.per_device_train_batch_size == "auto":
-            raise UserError("--per_device_train_batch_size auto needs the whole model on each process: give a number")
+            raise UserError("--per_device_train_batch_size auto is not for DeepSpeed or FSDP2: give a number")
         if config.metric_for_best_model != "loss":
             raise UserError(
-                f"--metric_for_best_model {config.metric_for_best_model} generates, which needs the whole model on "
-                "each process: use loss, or evaluate_rouge.py afterwards"
+                f"--metric_for_best_model {config.metric_for_best_model} generates, which is not for DeepSpeed or "
+                "FSDP2: use loss, or evaluate_rouge.py afterwards"
             )
 
 
@@ -113,10 +117,13 @@ def check_zero_section(section: dict[str, Any]):
 @contextlib.contextmanager
 def whole_models(accelerator: Accelerator) -> Iterator[None]:
     """Within, a model that one process loads is whole. Under ZeRO-3 from_pretrained would wait for the others."""
+    before = is_deepspeed_zero3_enabled()
     unset_hf_deepspeed_config()
-    yield
-    if is_deepspeed(accelerator):
-        set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
+    try:
+        yield
+    finally:
+        if before:
+            set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
 
 
 @contextlib.contextmanager

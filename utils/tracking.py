@@ -30,6 +30,7 @@ RUN_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "predictions.jsonl", "results.json", "report.html", "report.md",
 )  # fmt: skip
+KEPT = ("last_good_model", "predictions.jsonl", "results.json")  # which only --overwrite_output_dir removes
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
 
 
@@ -65,7 +66,7 @@ def goes_on(config: Any, held: list[Path]) -> bool:
     checkpoint = getattr(config, "resume_from_checkpoint", None)
     if checkpoint == "latest":
         # Stopped before its first checkpoint, it begins again: nothing is lost with it, unless there is a model.
-        models = [path for path in held if path.name in (*CONFIG_FILES, "last_good_model")]
+        models = [path for path in held if path.name in (*CONFIG_FILES, *KEPT)]
         return bool(find_checkpoints(config.output_dir)) or not models
     return checkpoint is not None and is_in(Path(checkpoint), config.output_dir)
 
@@ -80,13 +81,13 @@ def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_F
     return [path for path, is_folder in found if path.is_dir() == is_folder]
 
 
-def clear_output_dir(accelerator: Accelerator, config: Any, *patterns: str):
+def clear_output_dir(accelerator: Accelerator, config: Any):
     """Make output_dir, without what an earlier run left in it. To be called once all that can be wrong is checked."""
     accelerator.wait_for_everyone()  # so that no process still looks for an earlier run
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in find_run_files(folder, patterns or (*RUN_FILES, *RUN_FOLDERS)):
+        for path in find_run_files(folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
 

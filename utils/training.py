@@ -59,7 +59,7 @@ def train(
         return load_batches(accelerator, model, train_data, plan)
 
     def save(step: int):
-        if checkpointer.last_step != step:
+        if not checkpointer.has(step):
             checkpointer.save(step, model, optimizer, lr_scheduler, interval, batch_size)
 
     def evaluate(step: int):
