@@ -39,7 +39,7 @@ def main(config: EvaluationConfig):
     truncated = {}
     if config.predictions_file:
         known_ids = {row["id"] for row in rows}
-        predictions, truncated = load_predictions(config.predictions_file, dialogues, known_ids)
+        predictions, truncated = load_predictions(config.predictions_file, dialogues, known_ids, config.demo)
         by_dialogue = {name: dict(zip(texts, of_model, strict=True)) for name, of_model in predictions.items()}
         shown = {name: of_model.get(example["dialogue"], "(not scored)") for name, of_model in by_dialogue.items()}
     else:

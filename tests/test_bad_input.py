@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,10 @@ import train_lora
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError, parse_config
 from utils.data import load_rows
 from utils.launching import run_script
+from utils.lora import check_merge_dir
 from utils.prompting import PROMPT_SUFFIX
-from utils.rouge import METRICS
+from utils.rouge import METRICS, score_texts
+from utils.tracking import check_output_dir
 
 SCRIPTS = {
     "train_full": (train_full.main, TrainingConfig),
@@ -1035,3 +1038,62 @@ def test_evaluation_does_not_mind_the_launchers_settings(here, monkeypatch, name
     start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
     results = json.loads((here / "out" / "results.json").read_text())
     assert results["models"]["texts"]["scores"]["average"]["rouge1"]["value"] == 1.0
+
+
+# --- what could be lost, or mistaken for another -------------------------------------------------------------------
+
+
+def test_merge_into_cannot_hold_the_run_or_its_base(tmp_path):
+    base = tmp_path / "there" / "last_good_model"
+    base.mkdir(parents=True)
+    for output_dir, model in ((tmp_path / "runs" / "checkpoints", "some/model"), (tmp_path / "out", base)):
+        merge_into = output_dir.parent if model == "some/model" else base.parent
+        config = LoraTrainingConfig(
+            output_dir=str(output_dir), model_name_or_path=str(model), merge_into=str(merge_into)
+        )
+        with pytest.raises(UserError, match="--merge_into .* is or holds the --"):
+            check_merge_dir(config)
+    with pytest.raises(UserError, match="--merge_into x+: File name too long"):
+        check_merge_dir(LoraTrainingConfig(merge_into="x" * 300))
+
+
+def test_the_base_cannot_lie_in_what_is_replaced(tmp_path):
+    base = tmp_path / "last_good_model"
+    base.mkdir()
+    config = TrainingConfig(output_dir=str(tmp_path), model_name_or_path=str(base), overwrite_output_dir=True)
+    with pytest.raises(UserError, match="lies in what --output_dir .* replaces"):
+        check_output_dir(config)
+
+
+def test_an_evaluation_is_not_cleared_by_a_resume_that_finds_nothing(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run already"):
+        check_output_dir(TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+
+
+def test_names_that_would_be_taken_for_others(tmp_path):
+    for words, text in (
+        (["--models", "a_vs_b=x"], "cannot hold '_vs_'"),
+        (["--demo", "--models", "random=x"], "'random' is the name of"),
+        (["--models", "a=x\udcff"], "holds what is no character"),
+        (["--output_dir", "a\0b"], "holds what is no character"),
+        (["--do_sample", "--temperature", "1e-320"], "--temperature must be at least 0.001"),
+        (["--num_beams", "2", "--length_penalty", "1e308"], "--length_penalty must be between"),
+        (["--max_new_tokens", "1000000000"], "--max_new_tokens must be at most"),
+    ):
+        with pytest.raises(UserError, match=text):
+            parse_config(EvaluationConfig, "evaluate_rouge.yaml", words)
+
+
+def test_sixty_four_texts_are_scored_under_a_training_s_signal_handlers():
+    """A pool of processes would inherit them, and never end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *_: None)
+        texts = [f"text {index} of many" for index in range(64)]
+        for _ in range(20):
+            assert score_texts(texts, [[text] for text in texts], use_stemmer=False)["rouge1"] == [[1.0]] * 64
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -200,11 +200,15 @@ class EvaluationConfig(DataConfig):
                 raise UserError(f"--models takes NAME=PATH_OR_HUB_ID, got {model!r}")
             if names.count(name) > 1:
                 raise UserError(f"--models names {name!r} twice")
+            check_model_name(name, "models", self.demo)
 
     def check_decoding(self):
-        require_positive(self, "temperature")
-        if not math.isfinite(self.length_penalty):
-            raise UserError(f"--length_penalty must be a number, got {self.length_penalty}")
+        if not 1e-3 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be at least 0.001, got {self.temperature}")
+        if not -100 <= self.length_penalty <= 100:
+            raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
+        if self.max_new_tokens > 100_000:
+            raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:
@@ -258,7 +262,25 @@ def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     for item in fields(config_class):
         if item.metadata.get("action") == "extend" and getattr(given, item.name):
             setattr(values, item.name, getattr(given, item.name))  # and not those of the YAML too
+    for name in names:
+        check_text(name, getattr(values, name))
     return config_class(**{name: getattr(values, name) for name in names})
+
+
+def check_text(name: str, value: Any):
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("\0" in text or text.encode(errors="replace") != text.encode(errors="ignore")):
+            raise UserError(f"--{name} {text!r}: holds what is no character of UTF-8")
+
+
+def check_model_name(name: str, setting: str, demo: bool):
+    """UserError for a name that would be another's in the results."""
+    if "_vs_" in name:
+        raise UserError(
+            f"--{setting}: a model's name cannot hold '_vs_', as {name!r} does: it stands between two names"
+        )
+    if demo and name == "random":
+        raise UserError(f"--{setting}: with --demo, 'random' is the name of the random training summaries")
 
 
 def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:

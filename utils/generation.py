@@ -116,7 +116,8 @@ def generate_texts(
     """
     batches = cut_batches(list(map(len, prompt_ids)), config)
     keys = [fingerprint(origin, [prompt_ids[index] for index in batch]) for batch in batches]
-    done = {key: kept[key] for key in keys if kept and key in kept}
+    kept = kept or {}
+    done = {key: kept[key] for key, batch in zip(keys, batches, strict=True) if len(kept.get(key, ())) == len(batch)}
     if done and accelerator.is_main_process:
         num_kept = sum(map(len, done.values()))
         logger.info("%s: %d of %d texts are there from an earlier run", name, num_kept, len(prompt_ids))

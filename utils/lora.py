@@ -15,7 +15,7 @@ from utils.batching import collate
 from utils.config import LoraTrainingConfig, UserError
 from utils.modeling import load_model, write_model
 from utils.strategies import is_sharded, whole_models
-from utils.tracking import find_run_files
+from utils.tracking import check_path, find_run_files
 
 logger = logging.getLogger(__name__)
 NUM_COMPARED = 4  # training examples that the merged model must agree on
@@ -84,9 +84,11 @@ def check_merge_dir(config: LoraTrainingConfig):
     if config.merge_into is None:
         return
     folder = Path(config.merge_into)
+    check_path(folder, "merge_into")
     for setting in ("output_dir", "model_name_or_path"):
-        if Path(getattr(config, setting)).resolve() == folder.resolve():
-            raise UserError(f"--merge_into {folder} is the --{setting}: take another folder")
+        other = Path(getattr(config, setting)).resolve()
+        if folder.resolve() in (other, *other.parents) and (setting == "output_dir" or other.exists()):
+            raise UserError(f"--merge_into {folder} is or holds the --{setting}: take another folder")
     held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]  # left by a kill
     if held and not config.overwrite_output_dir:
         raise UserError(
@@ -120,6 +122,7 @@ def merge_adapter(
                 )
             folder = Path(config.merge_into)
             held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]
+            held = held if config.overwrite_output_dir else []
             write_model(accelerator, model, tokenizer, model.state_dict(), folder, "merge_into", obsolete=held)
         logger.info("merged base and adapter: logits differ by %.1e of the largest", difference)
     accelerator.wait_for_everyone()

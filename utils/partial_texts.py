@@ -33,7 +33,7 @@ def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summa
                 try:
                     entry = json.loads(line)
                     batches[entry["key"]] = [Summary(*summary) for summary in entry["summaries"]]
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     continue  # empty, or torn when the process was killed
     return broadcast_object_list([batches])[0]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from utils.config import UserError
+from utils.config import UserError, check_model_name
 from utils.data import check_encodable, read_file
 
 WORDS = {"true": True, "false": False, "": None}
@@ -11,7 +11,7 @@ NUM_NAMED = 5  # ids that an error lists
 
 
 def load_predictions(
-    files: list[str], dialogues: list[dict[str, Any]], known_ids: set[str]
+    files: list[str], dialogues: list[dict[str, Any]], known_ids: set[str], demo: bool
 ) -> tuple[dict[str, list[str]], dict[str, list[bool | None]]]:
     """(`predictions[model]`, `truncated[model]`): a text for each dialogue in its order, and whether it was cut short
     (None if the file does not say), from files of `id`, `prediction` and maybe `model` and `truncated`.
@@ -29,6 +29,8 @@ def load_predictions(
                     f"--predictions_file: {source_of[model]} and {path} both hold model {model!r}; name them NAME=FILE"
                 )
             source_of[model] = path
+            check_encodable(model, "model", str(path))
+            check_model_name(model, "predictions_file", demo)
             chosen, wrong = choose_rows(rows, dialogues, known_ids)
             if wrong:
                 problems.append(f"{path}, model {model!r}: {'; '.join(wrong)}")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,10 +52,13 @@ def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     path = output_dir / "results.json"
     if not path.is_file():
         raise UserError(f"--report_only: there is no {path}; evaluate first, without it")
-    results = parse_json(path.read_text(encoding="utf-8"), path)
+    results = parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
     lines = [line for _, line in read_file(output_dir / "predictions.jsonl")]
-    if "conclusions" not in results or not all(isinstance(line, dict) and "scores" in line for line in lines):
+    if not isinstance(results, dict) or "conclusions" not in results:
         raise UserError(f"--report_only: {path} is from an earlier version; evaluate again")
+    of_models = Counter(line["model"] for line in lines if isinstance(line, dict) and "scores" in line)
+    if of_models != dict.fromkeys(results["models"], results["num_dialogues"]):
+        raise UserError(f"--report_only: predictions.jsonl does not hold the texts of {path}; evaluate again")
     return results, lines
 
 

@@ -39,14 +39,16 @@ def check_output_dir(config: Any):
     folder = Path(config.output_dir)
     if not config.output_dir:
         raise UserError("--output_dir is empty")
-    try:
-        folder.exists()
-    except OSError as error:  # a name too long
-        raise UserError(f"--output_dir {folder}: {error.strerror}") from error
+    check_path(folder, "output_dir")
     model = getattr(config, "model_name_or_path", "")
     if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
     held = find_run_files(folder)
+    base = Path(model).resolve()
+    if model and any(path.resolve() in base.parents or path.resolve() == base for path in held):
+        raise UserError(
+            f"--model_name_or_path {model} lies in what --output_dir {folder} replaces: take another folder"
+        )
     if held and not config.overwrite_output_dir and not goes_on(config, held):
         ways = "take another, or --overwrite_output_dir"
         if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
@@ -59,6 +61,13 @@ def check_output_dir(config: Any):
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: cannot write to {parent}")
+
+
+def check_path(folder: Path, setting: str):
+    try:
+        folder.exists()
+    except OSError as error:  # a name too long
+        raise UserError(f"--{setting} {folder}: {error.strerror}") from error
 
 
 def goes_on(config: Any, held: list[Path]) -> bool:
