@@ -331,14 +331,14 @@ def check_same_to_rounding(model: str, output_dir: Path, never_stopped: Path):
 
 def test_from_one_process_to_two(on_two, without_dropout, never_stopped_on_one):
     folder, log = on_two
-    assert "it was written by 1 processes, here are 2: the same training to rounding, not to the bit" in log
+    assert "it was written with num_processes 1, here it is 2: the same training to rounding, not to the bit" in log
     check_same_to_rounding(without_dropout["model_name_or_path"], folder / "from_one", never_stopped_on_one)
 
 
 def test_from_two_processes_to_one(on_two, without_dropout, never_stopped_on_one, caplog):
     output_dir = on_two[0] / "from_two"
     assert resume("full", without_dropout, output_dir) == 0
-    assert "it was written by 2 processes, here are 1: the same training to rounding, not to the bit" in caplog.text
+    assert "it was written with num_processes 2, here it is 1: the same training to rounding, not to the bit" in caplog.text
     check_same_to_rounding(without_dropout["model_name_or_path"], output_dir, never_stopped_on_one)
 
 
