@@ -338,7 +338,10 @@ def test_from_one_process_to_two(on_two, without_dropout, never_stopped_on_one):
 def test_from_two_processes_to_one(on_two, without_dropout, never_stopped_on_one, caplog):
     output_dir = on_two[0] / "from_two"
     assert resume("full", without_dropout, output_dir) == 0
-    assert "it was written with num_processes 2, here it is 1: the same training to rounding, not to the bit" in caplog.text
+    assert (
+        "it was written with num_processes 2, here it is 1: the same training to rounding, not to the bit"
+        in caplog.text
+    )
     check_same_to_rounding(without_dropout["model_name_or_path"], output_dir, never_stopped_on_one)
 
 
