@@ -274,12 +274,12 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0}, "--temperature must be positive"),
+        ({"temperature": 0}, "--temperature must be at least 0.001"),
         ({"do_sample": True, "top_p": 1.5}, "--top_p must be above 0"),
         ({"do_sample": True, "top_k": -1}, "--top_k must not"),
         ({"top_k": 5}, "--top_k must be left at 0 without --do_sample"),
         ({"length_penalty": 2.0}, "--length_penalty must be left at 1.0 without --num_beams"),
-        ({"length_penalty": float("nan"), "num_beams": 2}, "--length_penalty must be a number"),
+        ({"length_penalty": float("nan"), "num_beams": 2}, "--length_penalty must be between -100 and 100"),
         ({"do_sample": True, "num_beams": 2}, "--do_sample draws one text"),
         ({"ctranslate2_compute_type": "int8"}, "must be left at float32 without --generation_backend"),
         ({"do_sample": True, "generation_backend": "ctranslate2"}, "--do_sample needs"),

@@ -219,8 +219,8 @@ def test_a_merge_that_changes_the_model_is_refused(data_files, tmp_path):
     ("where", "expected"),
     [
         ("", "is empty"),
-        ("out", "is the --output_dir"),
-        ("model", "is the --model_name_or_path"),
+        ("out", "is or holds the --output_dir"),
+        ("model", "is or holds the --model_name_or_path"),
         ("held", "holds a run or a model already (config.json): take another, or --overwrite_output_dir"),
         ("file", "cannot write to"),
         ("file/below", "cannot write to"),
