@@ -100,7 +100,7 @@ def test_scores_of_real_texts(use_stemmer, monkeypatch):
     expected = [[scorer.score(one, text) for one in row] for text, row in zip(predictions, references, strict=True)]
     for num_cores in (1, 2):
         monkeypatch.setattr(rouge, "count_cores", lambda num_cores=num_cores: num_cores)
-        scores = score_texts(predictions, references, use_stemmer)
+        scores = score_texts(predictions, references, use_stemmer, name="m")
         for metric in METRICS:
             values = [[one[metric].fmeasure for one in row] for row in expected]
             assert np.allclose(scores[metric], values, rtol=0, atol=1e-12)
@@ -110,7 +110,8 @@ def test_scores_of_real_texts(use_stemmer, monkeypatch):
 def test_1500_rows_take_seconds():
     references = (read_test_summaries() * 2)[:500]
     started = time.perf_counter()
-    scores = score_texts([row[0] for row in references[1:] + references[:1]], references, use_stemmer=True)
+    texts = [row[0] for row in references[1:] + references[:1]]
+    scores = score_texts(texts, references, use_stemmer=True, name="m")
     assert sum(map(len, scores["rouge1"])) == 1500
     assert time.perf_counter() - started < 20  # 1 s on one core of an idle machine
 
