@@ -174,7 +174,11 @@ def test_bart(start, tmp_path, capsys):
     assert f"parameters  {num_parameters:,}, of which {num_parameters:,} are trained" in capsys.readouterr().out
 
 
-def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path):
+def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("HF_", "ACCELERATE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in (("NO_PROXY", "127.0.0.1"), ("HF_HUB_ETAG_TIMEOUT", "60"), ("HF_HUB_DOWNLOAD_TIMEOUT", "60")):
+        monkeypatch.setenv(name, value)
     root, home = tmp_path / "hub", tmp_path / "home"
     shutil.copytree(flan_t5, root / "models" / "org" / "model")
     command = words("full", "org/model", data_files, tmp_path / "out", "--preflight")
