@@ -23,8 +23,9 @@ def report(tmp_path_factory):
     """A folder with 500 dialogues, of three references each, and three systems' texts, scored by the script."""
     folder = tmp_path_factory.mktemp("report")
     rows = [
-        {"id": f"d{index}_{number}", "dialogue": row["dialogue"], "summary": f"{row['summary']} {number}"}
+        {"id": f"d{index}_{number}", "dialogue": row["dialogue"], "summary": f"{' '.join(words[::number])} {number}"}
         for index, row in enumerate(make_rows(500))
+        for words in [row["summary"].split()]
         for number in (1, 2, 3)
     ]
     for row in rows[9:12]:
@@ -131,9 +132,11 @@ def test_sorting(report, open_page):
     """The largest changes first, for better or worse; then by any column, both ways; by keyboard."""
     page = open_page(report / "out" / "report.html")
     assert page.locator("#pair option").first.inner_text() == "<b>tuned</b> minus base"
-    changes = expected_changes(report, MODELS[1], MODELS[0])
+    page.select_option("#pair", label="other minus base")
+    changes = expected_changes(report, MODELS[2], MODELS[0])
     largest = sorted(map(abs, changes.values()), reverse=True)[:100]
     shown = [float(text) for text in read_column(page, 2)]
+    assert min(shown) < 0 < max(shown)
     assert [abs(value) for value in shown] == pytest.approx(largest, abs=0.051)
     page.get_by_role("button", name="change").press("Enter")
     assert [float(text) for text in read_column(page, 2)] == pytest.approx(sorted(changes.values())[:100], abs=0.051)

@@ -276,6 +276,18 @@ def test_the_report(runs):
     assert (list(results["models"]), list(results["comparisons"])) == (["full", "lora"], ["full_vs_lora"])
     assert (results["num_dialogues"], results["num_rows"]) == (4, 12)
     assert results["settings"].keys() == {item.name for item in dataclasses.fields(EvaluationConfig)}
+    for name, weights in (("full", "model"), ("lora", "adapter_model")):
+        training = results["models"][name]["training"]
+        manifest = json.loads((runs[name] / "run_manifest.json").read_text(encoding="utf-8"))
+        assert training["num_trainable_parameters"] == manifest["num_trainable_parameters"]
+        assert training["size_bytes"] == (runs[name] / f"{weights}.safetensors").stat().st_size
+        lines = read_jsonl(runs[name] / "metrics.jsonl")
+        assert training["curves"] == {
+            split: [[line["step"], line["loss"]] for line in lines if line["split"] == split]
+            for split in ("train", "validation")
+        }
+        train = [line for line in lines if line["split"] == "train"]
+        assert training["seconds"] == pytest.approx(sum(16 / line["samples_per_second"] for line in train))
     predictions = read_jsonl(runs["report"] / "predictions.jsonl")
     assert [(line["model"], line["id"]) for line in predictions] == [
         (model, f"test_{dialogue}_1") for model in ("full", "lora") for dialogue in range(4)
