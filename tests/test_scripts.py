@@ -146,7 +146,7 @@ def test_every_pattern_of_a_runs_files_matches_one():
         "special_tokens_map.json",
         "spiece.model",
     ]
-    assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker", "checkpoints")
+    assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
