@@ -8,8 +8,9 @@ import shutil
 import pytest
 from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
 
+from utils.config import UserError
 from utils.html_report import build_page, escape_json
-from utils.report import format_markdown, format_table, has_color
+from utils.report import format_markdown, format_table, has_color, read_results
 from utils.tables import Table, describe_differences
 
 HOSTILE = (
@@ -213,6 +214,11 @@ def test_report_only_writes_the_same_again(report, tmp_path):
     for name in ("report.html", "report.md"):
         assert (folder / name).read_bytes() == (report / "out" / name).read_bytes()
     assert run.stdout.replace(str(folder), "") == (report / "printed.txt").read_text().replace(str(report / "out"), "")
+    lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    for left in (lines[:-1], [], [line.replace('"model": "', '"system": "', 1) for line in lines]):
+        (folder / "predictions.jsonl").write_text("".join(left))
+        with pytest.raises(UserError, match="predictions.jsonl does not hold the texts of"):
+            read_results(folder)
     (folder / "results.json").write_text("{}")
     run = run_script("evaluate_rouge.py", "--report_only", "--output_dir", folder)
     assert (run.returncode, "is from an earlier version" in run.stderr) == (2, True)

@@ -56,7 +56,7 @@ def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     lines = [line for _, line in read_file(output_dir / "predictions.jsonl")]
     if not isinstance(results, dict) or "conclusions" not in results:
         raise UserError(f"--report_only: {path} is from an earlier version; evaluate again")
-    of_models = Counter(line["model"] for line in lines if isinstance(line, dict) and "scores" in line)
+    of_models = Counter(line.get("model") for line in lines if isinstance(line, dict) and "scores" in line)
     if of_models != dict.fromkeys(results["models"], results["num_dialogues"]):
         raise UserError(f"--report_only: predictions.jsonl does not hold the texts of {path}; evaluate again")
     return results, lines
