@@ -30,7 +30,7 @@ def generate(folder: Path, backend: str, dialogues: list[str], **settings):
     defaults = {"max_new_tokens": 12, "generation_backend": backend, "output_dir": f"{folder}/texts"}
     config = EvaluationConfig(**(defaults | settings))
     model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
-    return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, f"model={folder}", {})
+    return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", str(folder), {})
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 4, "length_penalty": 0.0}])

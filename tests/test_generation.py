@@ -34,7 +34,7 @@ def unsure_model(tmp_path_factory) -> Path:
 def generate(folder: Path, dialogues: list[str], **settings):
     config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": f"{folder}/not-made"} | settings))
     model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
-    return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, f"model={folder}", {})
+    return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", str(folder), {})
 
 
 @pytest.mark.parametrize("settings", [MODES["greedy"], MODES["beams"], {"max_new_tokens": 40}])
@@ -266,7 +266,7 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
     elif change == "max_new_tokens":
         settings["max_new_tokens"] = 13
     config = EvaluationConfig(**({"max_new_tokens": 12} | settings))
-    texts = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, f"model={flan_t5}", kept)
+    texts = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", str(flan_t5), kept)
     num_kept = sum(summary.text == "kept" for summary in texts)
     assert num_kept == {"nothing": 3, "dialogue": 2}.get(change, 0)
 

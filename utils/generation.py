@@ -53,7 +53,8 @@ def summarize_with_models(
             tokenizers[name],
             texts,
             config,
-            f"{name}={path}",
+            name,
+            path,
             kept,
         )
     return summaries
@@ -65,11 +66,11 @@ def generate_summaries(
     tokenizer: PreTrainedTokenizerBase,
     dialogues: list[str],
     config: EvaluationConfig,
-    name_and_path: str,
+    name: str,
+    path: str,
     kept: dict[str, list[Summary]],
 ) -> list[Summary]:
     """A summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
-    name, _, path = name_and_path.partition("=")
     distinct = list(dict.fromkeys(dialogues))
     prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length)
     num_cut = sum(length > config.max_source_length for length in lengths)

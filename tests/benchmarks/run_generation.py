@@ -55,7 +55,7 @@ def prepare_ours(path, model, tokenizer, dialogues, num_beams, settings):
     accelerator = Accelerator()
 
     def summarize():
-        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, f"ours={path}", {})
+        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "ours", path, {})
         return [summary.text for summary in summaries]
 
     return summarize
