@@ -60,7 +60,6 @@ def main(config: EvaluationConfig):
         remove_batches(Path(config.output_dir))
         show_report(config)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
-    accelerator.end_training()
 
 
 def read_demo_facts(config: EvaluationConfig, dialogues: list[dict]) -> list[dict[str, str]]:

@@ -63,7 +63,6 @@ def main(config: LoraTrainingConfig):
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ if [[ $interrupted ]]; then # which ended the first wait
     wait "$step" || code=$?
 fi
 
-# 143: the first process that stops with 75 has the others terminated, which are at their own exit by then.
-if [[ $signaled ]] && ((code == 75 || code == 143)); then
+# 143: the first process that stops with 75 has the others terminated, which are at their own exit by then. 138: the
+# signal came before a process could hold it back, and there is nothing to lose.
+if [[ $signaled ]] && ((code == 75 || code == 138 || code == 143)); then
     # An array's last task has the job id of the whole array: name the task.
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID+_$SLURM_ARRAY_TASK_ID}"
 fi

@@ -10,6 +10,7 @@ from conftest import REPOSITORY, read_jsonl
 
 from utils.config import EvaluationConfig
 from utils.generation import generate_summaries
+from utils.launching import leave_process_group
 from utils.modeling import load_model, load_tokenizer
 
 MODES = {
@@ -50,7 +51,7 @@ def main(model_path: str, folder: str):
     if accelerator.is_main_process:
         (Path(folder) / "results.json").write_text(json.dumps(results))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave_process_group()
 
 
 if __name__ == "__main__":

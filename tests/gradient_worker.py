@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
 from utils.config import TrainingConfig
 from utils.data import load_rows, tokenize_rows
-from utils.launching import start_accelerator
+from utils.launching import leave_process_group, start_accelerator
 from utils.loss import compute_gradient, load_batches
 from utils.modeling import load_model, load_tokenizer
 
@@ -39,8 +39,8 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
         gradients = {name: p.grad for name, p in accelerator.unwrap_model(model).named_parameters()}
         torch.save({"num_processes": world, "gradients": gradients}, output)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_process_group()

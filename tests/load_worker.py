@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import TrainingConfig
-from utils.launching import start_accelerator
+from utils.launching import leave_process_group, start_accelerator
 from utils.modeling import count_parameters, load_model
 from utils.strategies import gather_tensor
 
@@ -41,4 +41,4 @@ if __name__ == "__main__":
         sys.stdout.write(f"REPORT {json.dumps(report)}\n")
         sys.stdout.flush()
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        leave_process_group()

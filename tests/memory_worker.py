@@ -21,6 +21,7 @@ import train_full
 import utils.memory
 import utils.training
 from utils.config import TrainingConfig
+from utils.launching import leave_process_group
 
 SECONDS = 90  # of about 10: a process that waits in vain says where, and ends
 
@@ -66,3 +67,4 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_process_group()

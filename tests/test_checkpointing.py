@@ -33,6 +33,7 @@ import train_lora
 from utils import checkpoint_files, checkpointing, stopping, training
 from utils.checkpoint_files import CheckpointError, choose_checkpoint, find_checkpoints, verify_checkpoint
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.launching import leave_process_group
 from utils.stopping import EXIT_STOPPED, StopRequest
 
 SCRIPTS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
@@ -244,6 +245,33 @@ def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number
     check_same(kind, output_dir, long_never_stopped[kind])
 
 
+def test_a_signal_while_it_is_loading(paths, tmp_path):
+    """Held back until the script listens, as slurm/launch.sh does."""
+    settings = SETTINGS | paths | {"output_dir": tmp_path / "out"}
+    del settings["validation_file"]  # else it stops in the first evaluation, with nothing to save
+    words = [sys.executable, "train_lora.py", *to_words(settings)]
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]),
+    )  # fmt: skip
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == EXIT_STOPPED
+    assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] == 1
+
+
+def test_a_signal_on_the_way_out(paths, tmp_path):
+    """The work is done: the exit code says so."""
+    script = (
+        "import atexit, os, signal, train_full; from utils.launching import run_script;"
+        "from utils.config import TrainingConfig;"
+        "atexit.register(lambda: os.write(1, signal.getsignal(signal.SIGUSR1).name.encode()));"
+        "run_script(train_full.main, TrainingConfig, 'train_full.yaml')"
+    )
+    words = [sys.executable, "-c", script, *to_words(SETTINGS | paths), f"--output_dir={tmp_path / 'out'}"]
+    run = subprocess.run(words, cwd=REPOSITORY, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
+    assert (run.returncode, run.stdout) == (0, b"SIG_IGN"), run.stderr.decode()
+
+
 def test_a_second_interrupt_ends_it_at_once(tmp_path, monkeypatch):
     killed = []
     monkeypatch.setattr(os, "kill", lambda process, number: killed.append((process, number)))
@@ -267,12 +295,11 @@ def take_orders(path: str):
     """In each process of torch.distributed.run: trainings one after the other, so that imports are waited for once."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("utils").setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
-    # A second group in the same processes would meet the first one's addresses in the launcher's store.
-    torch.distributed.destroy_process_group = lambda group=None: None
     for kind, stop_step, settings, code in json.loads(Path(path).read_text()):
         output_dir, paths = Path(settings.pop("output_dir")), settings.pop("paths")
         with acting_in_step(stop_step, (output_dir / "STOP").touch):
             assert train(kind, paths, output_dir, **settings) == code
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,10 @@ def unsure_model(tmp_path_factory) -> Path:
 
 
 def generate(folder: Path, dialogues: list[str], **settings):
-    config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": f"{folder}/not-made"} | settings))
     model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
-    return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", str(folder), {})
+    with tempfile.TemporaryDirectory() as output_dir:
+        config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": output_dir} | settings))
+        return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", str(folder), {})
 
 
 @pytest.mark.parametrize("settings", [MODES["greedy"], MODES["beams"], {"max_new_tokens": 40}])

@@ -202,17 +202,17 @@ def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_pa
 
 @pytest.mark.parametrize("word", ["utils.launcher", "train_lora.py"])
 def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
-    """While the config file is read, and while the script is loading: it stops at its first update and goes on."""
-    log = tmp_path / "log"
+    """While the config file is read, or the script is being started: it is queued again, and goes on."""
+    log, num_steps = tmp_path / "log", 300  # trained for longer than the five seconds that launch.sh may wait
     words = (*no_dropout[0], "--output_dir", tmp_path / "out", "--config_file=accelerate_configs/multi_gpu.yaml")
+    words += ("--max_train_steps", num_steps)
     job = cluster.submit(log, "slurm/train_lora.sbatch", *words)
     cluster.wait_for(job, "SLURM_PROCID=0", word)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: cluster.show(job)["Restarts"] == "1", 60, log.read_text)
-    assert "stopped after step 1;" in log.read_text()
     fields = cluster.finish(job, 120)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
-    assert read_steps(tmp_path / "out") == list(range(1, NUM_SHORT_STEPS + 1))
+    assert read_steps(tmp_path / "out") == list(range(1, num_steps + 1))
 
 
 def test_a_config_file_that_is_not_there(cluster, tmp_path):

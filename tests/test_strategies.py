@@ -225,7 +225,7 @@ def test_goes_on_under_another_strategy(inputs, runs, tmp_path, first, second, k
     assert relative_difference(ours, expected) < 5e-6
 
 
-def test_zero3_loads_in_parts(tmp_path):
+def test_zero3_loads_in_parts(tmp_path, monkeypatch):
     """Process 1 never holds the whole model, as it does under DDP; the head, which T5 under ZeRO-3 would lose to the
     embedding, is the checkpoint's."""
     model = write_flan_t5(tmp_path / "large", d_model=512, d_kv=64, num_heads=8, d_ff=1024, num_layers=12)
@@ -234,6 +234,7 @@ def test_zero3_loads_in_parts(tmp_path):
     num_parameters = sum(tensor.numel() for tensor in weights.values())
     whole_mib = 4 * num_parameters / 2**20
     took = {}
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back at once, not kept for later
     for strategy in ("ddp", "deepspeed_zero3"):
         run = launch(strategy, "tests/load_worker.py", model)
         assert run.returncode == 0, run.stderr
@@ -245,7 +246,7 @@ def test_zero3_loads_in_parts(tmp_path):
                 assert report[key] == pytest.approx(float(weights[name].double().sum()), abs=1e-6)
             took[strategy, report["rank"]] = report["took_mib"]
     assert took["ddp", 1] > 0.9 * whole_mib
-    assert took["deepspeed_zero3", 1] < 0.9 * whole_mib  # a half, and what the allocator keeps: 0.78 was measured
+    assert took["deepspeed_zero3", 1] < 0.6 * whole_mib  # 0.54: a half, and the largest tensor while it is shared out
 
 
 def test_bf16_is_autocast_over_fp32_weights(inputs, runs, tmp_path):

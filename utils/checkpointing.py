@@ -35,6 +35,7 @@ from utils.config import TrainingConfig, UserError
 from utils.files import write_file
 from utils.stopping import EXIT_STOPPED, StopRequest
 from utils.strategies import gather_moments, gather_tensor, name_strategy, set_moments, set_parameter
+from utils.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
 SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # of an open interval; of the others, the main one's count
@@ -217,7 +218,7 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             logger.info("stopped after step %d; go on with --resume_from_checkpoint latest", self.last_step)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        finish_trackers(self.accelerator)
         sys.exit(EXIT_STOPPED)
 
     def finish(self, model: torch.nn.Module):

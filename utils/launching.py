@@ -1,14 +1,17 @@
 """Start a script: its settings, its log, its processes, and one line instead of a traceback for a user's mistake."""
 
+import gc
 import importlib.util
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
@@ -19,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils.config import TrainingConfig, UserError, parse_config
 from utils.files import DISK_ERRORS
 from utils.launcher import check_launcher
-from utils.stopping import listen
+from utils.stopping import EXIT_STOPPED, listen
 from utils.strategies import configure_strategy
 
 FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
@@ -32,24 +35,48 @@ def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     if issubclass(config_class, TrainingConfig):
         listen()
     start_logging()
+    code = run(main, config_class, demo_file)
+    if code in (0, EXIT_STOPPED):  # else the others may be waiting, and are ended by the launcher
+        leave_process_group()
+    if code:
+        sys.exit(code)
+
+
+def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
+    """The exit code. What `main` held is gone by then."""
     try:
         config = parse_config(config_class, demo_file, sys.argv[1:])
         check_launcher(config)
         with logging_redirect_tqdm():
             main(config)
+        return 0
+    except SystemExit as stop:
+        return stop.code or 0
     except UserError as error:
-        end_with(str(error))
+        return report_mistake(str(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        end_with(f"{error.filename or config.output_dir}: {error.strerror}")
+        return report_mistake(f"{error.filename or config.output_dir}: {error.strerror}")
 
 
-def end_with(text: str) -> NoReturn:
-    """One line on stderr and exit code 2."""
+def report_mistake(text: str) -> int:
+    """One line on stderr, and the exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
-    sys.exit(2)
+    return 2
+
+
+def leave_process_group():
+    """Before Python ends. gloo's threads need Python's lock to free the tensors of their last work: if Python has gone
+    by then they abort, and if DDP is the last to hold the group it waits for them with the lock in its hand."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        # There is nothing left to stop. Python would put back the default, of which a process dies on its way out.
+        signal.signal(number, signal.SIG_IGN)
+    if torch.distributed.is_initialized():
+        gc.collect()  # DDP, which the handlers of the signals may have held until here
+        time.sleep(0.1)  # with the lock let go of
+        torch.distributed.destroy_process_group()
 
 
 def start_logging():

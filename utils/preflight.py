@@ -70,7 +70,6 @@ def report_preflight(
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails
     if problem:
         raise UserError(problem)
-    accelerator.end_training()
 
 
 def plan_first_steps(

@@ -145,6 +145,12 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
 
+def finish_trackers(accelerator: Accelerator):
+    """Not by accelerator.end_training(), which also leaves the process group: see launching.leave_process_group."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def measure_peak_memory(accelerator: Accelerator) -> float:
     """Most memory that this process has held, in MiB: on a GPU what PyTorch allocated there, else resident memory."""
     if accelerator.device.type == "cuda":

@@ -28,7 +28,7 @@ from utils.optimization import num_train_steps
 from utils.rouge import score_texts
 from utils.stopping import StopRequest
 from utils.strategies import update
-from utils.tracking import log_metrics, measure_peak_memory
+from utils.tracking import finish_trackers, log_metrics, measure_peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def train(
         evaluate(step)
     progress.close()
     checkpointer.finish(model)
+    finish_trackers(accelerator)
 
 
 def summarize_interval(
