@@ -147,6 +147,13 @@ def test_texts_longer_than_the_model_takes(models, data_files, tmp_path):
             settings = {name: value for name, value in settings.items() if name in config_class.__dataclass_fields__}
             train_in_process(script, config_class, models["bart"], data_files, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+    run = run_script(
+        "evaluate_rouge.py", "--models", f"bart={models['bart']}", "--test_file", data_files["test"],
+        "--output_dir", tmp_path / "report", "--max_source_length", 256, "--max_new_tokens", 257,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.endswith("error: --max_new_tokens 257: the model takes 256 tokens at most\n")
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(

@@ -195,12 +195,13 @@ def test_a_phone_and_the_dark(report, open_page):
     assert (dark, page.evaluate(background)) == ("rgb(18, 22, 28)", "rgb(255, 255, 255)")
 
 
-def test_500_dialogues_are_smooth(report, open_page):
-    """Sorting and searching take well under the tenth of a second that feels instant, on an idle machine."""
+def test_500_dialogues(report, open_page):
+    """The first are drawn at once, so that each letter of a search is; the others when they are asked for."""
     page = open_page(report / "out" / "report.html")
+    rows = page.locator("#table tbody tr:not(.detail)")
+    assert rows.count() == 100
     page.get_by_role("button", name="Show all").click()
-    measure = "() => { const start = performance.now(); showTable(); return performance.now() - start; }"
-    assert page.evaluate(measure) < 1000
+    assert rows.count() == 500
     assert (report / "out" / "report.html").stat().st_size < 4e6
 
 

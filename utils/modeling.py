@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
-from utils.config import TrainingConfig, UserError
+from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.files import raise_disk_errors, write_json
 from utils.hub import explain_hub_errors
 from utils.shapes import load_shapes
@@ -119,11 +119,11 @@ def check_folder(name_or_path: str, setting: str, advice: str = ""):
         raise UserError(f"--{setting} {name_or_path}: no such folder{advice}")
 
 
-def check_positions(model: PreTrainedModel, config: TrainingConfig):
+def check_positions(model: PreTrainedModel, config: TrainingConfig | EvaluationConfig):
     """UserError if texts may be longer than the model can take; T5 takes any, BART as many as it has positions for."""
     positions = getattr(model.config, "max_position_embeddings", math.inf)
-    for name in ("max_source_length", "max_target_length"):
-        if getattr(config, name) > positions:
+    for name in ("max_source_length", "max_target_length", "max_new_tokens"):
+        if getattr(config, name, 0) > positions:
             raise UserError(f"--{name} {getattr(config, name)}: the model takes {positions} tokens at most")
 
 
