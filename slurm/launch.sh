@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # What the .sbatch files share: `source slurm/launch.sh SCRIPT WORD...` starts one process a GPU on each of the job's
 # nodes and ends the batch shell as they end. Ahead of the time limit Slurm signals the batch shell (--signal=B:), which
-# passes it on to the step; a script that then stops with 75 (a checkpoint is written) is queued again. One that stops
-# with 75 for another reason (a STOP file, --max_time) is not: the job ends as FAILED with exit code 75, and so it does
-# at once with any other code. `scancel --batch --signal=USR1 JOB` asks for the same as the limit.
+# passes it on to the step; a script that then stops with 75 (a checkpoint is written), or that the signal ended before it
+# had begun, is queued again. One that stops with 75 for another reason (a STOP file, --max_time) is not: the job ends as
+# FAILED with exit code 75, and so it does at once with an error's code. `scancel --batch --signal=USR1 JOB` asks for the same as the limit.
 #
 # `--config_file FILE` among the words is `accelerate launch`'s: its settings become the step's environment. How many
 # processes there are is Slurm's to say, not the file's.
@@ -63,8 +63,8 @@ if [[ $interrupted ]]; then # which ended the first wait
     wait "$step" || code=$?
 fi
 
-# 143: the first process that stops with 75 has the others terminated, which are at their own exit by then. 138: the
-# signal came before a process could hold it back, and there is nothing to lose.
+# 143: the first process that stops with 75 has the others terminated, which are at their own exit by then. 138: srun or
+# a process died of the signal before the script had begun, and nothing is lost.
 if [[ $signaled ]] && ((code == 75 || code == 138 || code == 143)); then
     # An array's last task has the job id of the whole array: name the task.
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID+_$SLURM_ARRAY_TASK_ID}"

@@ -196,7 +196,7 @@ def test_a_phone_and_the_dark(report, open_page):
 
 
 def test_500_dialogues(report, open_page):
-    """The first are drawn at once, so that each letter of a search is; the others when they are asked for."""
+    """The first 100 are drawn until all are asked for, so that the table keeps up with typing in the search."""
     page = open_page(report / "out" / "report.html")
     rows = page.locator("#table tbody tr:not(.detail)")
     assert rows.count() == 100

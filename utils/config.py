@@ -174,7 +174,7 @@ class EvaluationConfig(DataConfig):
     top_k: int = setting(0, "with --do_sample: draw from the K likeliest tokens; 0 is all")
     top_p: float = setting(1.0, "with --do_sample: draw from the likeliest tokens that have this probability together")
     generation_backend: Literal["transformers", "ctranslate2"] = setting(
-        "transformers", "ctranslate2 converts each model once and is faster: requirements-ctranslate2.txt"
+        "transformers", "ctranslate2 converts each model once, and may be faster: requirements-ctranslate2.txt"
     )
     ctranslate2_compute_type: Literal["float32", "bfloat16", "float16", "int8"] = setting(
         "float32", "precision of ctranslate2's weights; what the device lacks is refused"

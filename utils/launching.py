@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -30,7 +30,7 @@ FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_U
                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # fmt: skip
 
 
-def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
+def run_script(main: Callable[[Any], None], config_class: type, demo_file: str) -> NoReturn:
     """Call `main` with the command line's settings; a UserError becomes one line on stderr and exit code 2."""
     if issubclass(config_class, TrainingConfig):
         listen()
@@ -38,8 +38,7 @@ def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     code = run(main, config_class, demo_file)
     if code in (0, EXIT_STOPPED):  # else the others may be waiting, and are ended by the launcher
         leave_process_group()
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
@@ -68,14 +67,15 @@ def report_mistake(text: str) -> int:
 
 
 def leave_process_group():
-    """Before Python ends. gloo's threads need Python's lock to free the tensors of their last work: if Python has gone
-    by then they abort, and if DDP is the last to hold the group it waits for them with the lock in its hand."""
+    """To be called when the run's objects are gone, before Python ends; signals are ignored from here on. gloo's threads
+    need Python's lock to free the tensors of their last work: if Python has gone by then they abort, and if DDP is the
+    last to hold the group it waits for them with the lock in its hand."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         # There is nothing left to stop. Python would put back the default, of which a process dies on its way out.
         signal.signal(number, signal.SIG_IGN)
     if torch.distributed.is_initialized():
-        gc.collect()  # DDP, which the handlers of the signals may have held until here
-        time.sleep(0.1)  # with the lock let go of
+        gc.collect()  # what is in reference cycles, DDP among it
+        time.sleep(0.1)  # gloo's threads get the lock
         torch.distributed.destroy_process_group()
 
 

@@ -50,6 +50,8 @@ class Rouge(evaluate.Metric):
             # Forked and not spawned, which would import torch and all else again: longer than the scoring takes.
             with multiprocessing.get_context("fork").Pool(num_cores) as pool:
                 scores = list(show(pool.imap(score, pairs, chunksize=CHUNK_SIZE)))
+                pool.close()
+                pool.join()  # not ended by a SIGTERM, which they may have inherited as ignored
         else:
             scores = list(show(map(score, pairs)))
         return {metric: [of_text[metric] for of_text in scores] for metric in METRICS}
