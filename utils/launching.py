@@ -67,9 +67,11 @@ def report_mistake(text: str) -> int:
 
 
 def leave_process_group():
-    """To be called when the run's objects are gone, before Python ends; signals are ignored from here on. gloo's threads
-    need Python's lock to free the tensors of their last work: if Python has gone by then they abort, and if DDP is the
-    last to hold the group it waits for them with the lock in its hand."""
+    """To be called when the run's objects are gone, before Python ends; signals are ignored from here on.
+
+    gloo's threads need Python's lock to free the tensors of their last work: if Python has gone by then they abort,
+    and if DDP is the last to hold the group it waits for them with the lock in its hand.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         # There is nothing left to stop. Python would put back the default, of which a process dies on its way out.
         signal.signal(number, signal.SIG_IGN)

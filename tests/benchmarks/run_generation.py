@@ -3,8 +3,8 @@
     python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [SETTING=VALUE]
 
 ROWS is all, distinct, or N for every Nth row. The settings are ours.
-Timed from rows to texts, after one row to warm up; neither loading (but for ctranslate2's converted model) nor, for the
-Trainer, tokenising is counted.
+Timed from rows to texts, after one row to warm up; neither loading (but for ctranslate2's converted model) nor, for
+the Trainer, tokenising is counted.
 """
 
 import csv
