@@ -1,7 +1,7 @@
 """Each strategy on two CPU processes of one thread: seconds per update, memory of each process, and how far what it
 exports is from a one-process run's.
 
-    python tests/benchmarks/compare_strategies.py MODEL TRAIN_FILE [--updates 4] [--output_dir FOLDER]
+    python tests/benchmarks/compare_strategies.py MODEL TRAIN_FILE [--updates 3] [--output_dir FOLDER]
 
 In fp32 without dropout, updates of 32 examples. The first update is not timed. Memory is a process' peak, in a run of
 two updates whose allocator keeps nothing that is freed, less what Python and the libraries take: the peak of process 1
@@ -91,7 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("train_file")
-    parser.add_argument("--updates", type=int, default=4)
+    parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
     arguments = parser.parse_args()
     train_file, results = str(Path(arguments.train_file).resolve()), {}
