@@ -50,12 +50,16 @@ srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" --cpus-per-task=$((SLU
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -c "$@"' bash "$hold" "$script" "$@" &
 step=$!
 interrupted=''
-trap 'trap "" USR1; signaled=1; interrupted=1; kill -USR1 "$step" || true' USR1
-if [[ $signaled ]]; then # before there was a step; its tasks will be there by then
-    trap "" USR1
-    sleep 5
-    kill -USR1 "$step" || true
-fi
+pass_on() {
+    trap '' USR1
+    signaled=1
+    for _ in 1 2 3 4 5; do # srun loses one that comes before its processes are there
+        kill -USR1 "$step" 2>/dev/null || return 0
+        sleep 1
+    done
+}
+trap 'pass_on; interrupted=1' USR1
+if [[ $signaled ]]; then pass_on; fi # before there was a step
 code=0
 wait "$step" || code=$?
 if [[ $interrupted ]]; then # which ended the first wait

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, GPT2Config, T
 import evaluate_rouge
 import train_full
 import train_lora
+from utils import launching
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError, parse_config
 from utils.data import load_rows
 from utils.launching import run_script
@@ -51,6 +52,7 @@ def start(script: str, *words: str | Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(launching, "leave_process_group", lambda: None)  # this process goes on, and obeys signals
         reset_accelerator_state()
         try:
             run_script(*SCRIPTS[script], f"{script}.yaml")

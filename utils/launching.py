@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
@@ -30,7 +30,7 @@ FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_U
                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # fmt: skip
 
 
-def run_script(main: Callable[[Any], None], config_class: type, demo_file: str) -> NoReturn:
+def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     """Call `main` with the command line's settings; a UserError becomes one line on stderr and exit code 2."""
     if issubclass(config_class, TrainingConfig):
         listen()
@@ -38,7 +38,8 @@ def run_script(main: Callable[[Any], None], config_class: type, demo_file: str) 
     code = run(main, config_class, demo_file)
     if code in (0, EXIT_STOPPED):  # else the others may be waiting, and are ended by the launcher
         leave_process_group()
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
