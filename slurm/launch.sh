@@ -3,7 +3,8 @@
 # nodes and ends the batch shell as they end. Ahead of the time limit Slurm signals the batch shell (--signal=B:), which
 # passes it on to the step; a script that then stops with 75 (a checkpoint is written), or that the signal ended before it
 # had begun, is queued again. One that stops with 75 for another reason (a STOP file, --max_time) is not: the job ends as
-# FAILED with exit code 75, and so it does at once with an error's code. `scancel --batch --signal=USR1 JOB` asks for the same as the limit.
+# FAILED with exit code 75, and so it does at once with an error's code. `scancel --batch --signal=USR1 JOB` asks for the
+# same as the limit.
 #
 # `--config_file FILE` among the words is `accelerate launch`'s: its settings become the step's environment. How many
 # processes there are is Slurm's to say, not the file's.
