@@ -20,11 +20,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 
 from utils.batching import deal
 from utils.config import EvaluationConfig, UserError
-from utils.decoding import build_sampler, decode_batch
+from utils.decoding import decode_batch
 from utils.generation import cut_batches, estimate_cost, generate_summaries
 from utils.modeling import load_model, load_tokenizer
 from utils.partial_texts import Summary, append_batch, read_batches, remove_batches
 from utils.prompting import build_prompt
+from utils.sampling import build_sampler
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +86,8 @@ def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(settings, exp
     assert shares[order].tolist() == pytest.approx(expected, abs=2 / 9000)
 
 
-def test_texts_that_have_ended_cost_nothing(unsure_model):
-    """Counted where the decoder computes: rows x steps, against the texts' own lengths."""
-    model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
-    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()]).input_ids
+def count_computed(model: T5ForConditionalGeneration) -> tuple[list[int], list[int]]:
+    """Lists that grow by what the decoder computes, rows x steps, and by the prompts that the encoder is given."""
     num_computed, num_encoded = [], []
     model.decoder.register_forward_pre_hook(
         lambda _, __, inputs: num_computed.append(inputs["input_ids"].numel()), with_kwargs=True
@@ -96,15 +95,42 @@ def test_texts_that_have_ended_cost_nothing(unsure_model):
     model.encoder.register_forward_pre_hook(
         lambda _, __, inputs: num_encoded.append(len(inputs["input_ids"])), with_kwargs=True
     )
+    return num_computed, num_encoded
+
+
+def test_texts_that_have_ended_cost_nothing(unsure_model):
+    """Counted where the decoder computes: rows x steps, against the texts' own lengths."""
+    model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()]).input_ids
+    num_computed, num_encoded = count_computed(model)
     decoded = decode_batch(model, prompts, EvaluationConfig(max_new_tokens=40))
     lengths = [len(ids) for ids, _ in decoded]
     num_tokens, num_in_one_go = sum(lengths), len(lengths) * max(lengths)
     assert num_tokens < 0.6 * num_in_one_go, "texts of about one length prove nothing"
     assert num_tokens <= sum(num_computed) < 1.15 * num_tokens
     assert sum(num_encoded) == len(prompts)
-    num_encoded.clear()
-    decode_batch(model, prompts, EvaluationConfig(max_new_tokens=4, num_beams=4))
-    assert sum(num_encoded) == len(prompts)  # once, and not once for each beam
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize(("num_beams", "length_penalty"), [(2, 0.0), (3, 1.0), (5, -1.0), (5, 2.0)])
+@pytest.mark.parametrize("generation_settings", [{}, {"eos_token_id": [1, 5], "no_repeat_ngram_size": 2}])
+def test_beam_search_is_that_of_transformers(
+    unsure_model, early_stopping, num_beams, length_penalty, generation_settings
+):
+    """Its texts, though prompts leave the batch, and hardly more computed than with each prompt in a batch of its own,
+    whose search ends when it is over; the encoder sees a prompt once, and not once for each beam."""
+    model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
+    model.generation_config.update(early_stopping=early_stopping, **generation_settings)
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[::-1]]).input_ids
+    num_computed, num_encoded = count_computed(model)
+    settings = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 20}
+    decoded = decode_batch(model, prompts, EvaluationConfig(**settings))
+    num_tokens = sum(num_computed)
+    assert sum(num_encoded) == len(prompts)
+    num_computed.clear()
+    alone = [model.generate(torch.tensor([ids]), do_sample=False, **settings)[0, 1:].tolist() for ids in prompts]
+    assert [ids for ids, _ in decoded] == alone
+    assert sum(num_computed) <= num_tokens < 1.1 * sum(num_computed)
 
 
 def test_a_lower_limit_cuts_the_same_texts(unsure_model):

@@ -1,20 +1,26 @@
 """One batch of prompts to new tokens, with transformers' generate(), without computing texts that have ended."""
 
-import hashlib
-
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.config import EvaluationConfig
+from utils.sampling import build_sampler, draw_numbers
 
 # Padded tokens that the encoder takes at once: enough to keep a device busy, and few enough that little is padding.
 ENCODER_TOKENS = 2048
-# A round of generate() ends when this share of its texts has ended; they are then taken out of the batch.
+# Texts that have ended are taken out of the batch when they are this share of it.
 ENDED_SHARE = 0.25
+# The score of a beam that is out of the race.
+LOWEST = -1e9
 
 
 @torch.no_grad()
@@ -26,16 +32,16 @@ def decode_batch(
     mask = mask.to(model.device)
     encoded = encode(model, prompts)
     if config.num_beams > 1:
-        # generate() keeps a beam search's state to itself: the batch goes on until its last text has ended.
-        output_ids = model.generate(
+        decoded = model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
             attention_mask=mask,
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
+            use_cache=True,
+            custom_generate=search_beams,
         )
-        decoded = [cut_after_end(model, ids) for ids in output_ids[:, 1:].tolist()]
     else:
         numbers = draw_numbers(prompts, config) if config.do_sample else None
         decoded = decode_in_rounds(model, encoded, mask, numbers, config)
@@ -87,6 +93,7 @@ def decode_in_rounds(
             max_new_tokens=config.max_new_tokens + 1 - ids.shape[1],
             do_sample=False,  # sampling is a logits processor here
             num_beams=1,
+            use_cache=True,
             return_dict_in_generate=True,
             logits_processor=build_sampler(numbers, config),
             stopping_criteria=[enough_ended],
@@ -98,13 +105,98 @@ def decode_in_rounds(
         rows = (~ended).nonzero().flatten()
         running = [running[row] for row in rows.tolist()]
         if running:
-            longest = int(mask[rows].sum(dim=1).max())
-            ids, mask, encoded = ids[rows], mask[rows, :longest], encoded[rows, :longest]
-            numbers = None if numbers is None else numbers[rows]
-            cache.batch_select_indices(rows.cpu())  # a spread model's layers lie on several devices
-            for layer in cache.cross_attention_cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
+            ids, numbers = ids[rows], None if numbers is None else numbers[rows]
+            encoded, mask = keep_rows(rows, encoded, mask, cache)
     return decoded
+
+
+def search_beams(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs,
+) -> list[list[int]]:
+    """The best text of each prompt. It is generate()'s own beam search, step for step, but for two things: prompts
+    whose search has ended leave the batch, and the cross attention's cache, which is the same for all beams of a
+    prompt, is not copied at each step.
+
+    Args: what generate() gives to its `custom_generate`; a row is one beam of one prompt.
+    """
+    encoded, mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
+    cache = model_kwargs["past_key_values"]
+    num_beams, max_length = generation_config.num_beams, generation_config.max_length
+    penalty, early_stopping = generation_config.length_penalty, generation_config.early_stopping
+    num_prompts, device = len(input_ids) // num_beams, input_ids.device
+    # Enough of the likeliest continuations that num_beams of them go on even if all others end.
+    num_candidates = max(2, 1 + len(end_tokens(model))) * num_beams
+    decoded, running = [None] * num_prompts, list(range(num_prompts))
+    # The beams that go on, and the sum of their tokens' log probabilities. At first all are one: a single one counts.
+    ids = input_ids.new_zeros(num_prompts, num_beams, max_length)
+    ids[:, :, 0] = input_ids.view(num_prompts, num_beams)
+    totals = torch.full((num_prompts, num_beams), LOWEST, device=device)
+    totals[:, 0] = 0
+    # The best ended texts of each prompt, best first, and their scores: LOWEST where there is none yet.
+    texts, scores = torch.zeros_like(ids), torch.full_like(totals, LOWEST)
+    closed = torch.zeros((num_prompts, 1), dtype=torch.bool, device=device)  # whether a prompt's search has ended
+
+    for length in range(1, max_length):
+        output = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, past_key_values=cache,
+            decoder_input_ids=ids[:, :, length - 1].reshape(-1, 1), use_cache=True,
+        )  # fmt: skip
+        log_probs = output.logits[:, -1].to(device, torch.float32).log_softmax(dim=-1)
+        log_probs = logits_processor(ids[:, :, :length].flatten(0, 1), log_probs)
+        sums = (log_probs.view(*totals.shape, -1) + totals[:, :, None]).flatten(1)
+        candidate_totals, indices = sums.topk(num_candidates)
+        beams, tokens = indices // log_probs.shape[-1], indices % log_probs.shape[-1]
+        candidates = pick(ids, beams)
+        candidates[:, :, length] = tokens
+        ended = stopping_criteria(candidates[:, :, : length + 1].flatten(0, 1), None).view_as(tokens)
+
+        # Those that end do so as texts only where they are among the first num_beams.
+        new_scores = (candidate_totals / length**penalty).masked_fill(~ended | closed, LOWEST)[:, :num_beams]
+        scores, chosen = torch.cat((scores, new_scores), dim=1).topk(num_beams)
+        texts = pick(torch.cat((texts, candidates[:, :num_beams]), dim=1), chosen)
+        totals, chosen = (candidate_totals + LOWEST * ended).topk(num_beams)
+        ids, beams = pick(candidates, chosen), pick(beams, chosen)
+        first_beams = torch.arange(0, len(ids) * num_beams, num_beams, device=device)[:, None]
+        cache.self_attention_cache.reorder_cache((first_beams + beams).flatten())
+
+        # As good as a beam can still become: an estimate, as in _check_early_stop_heuristic of transformers.
+        best_length = max_length - 1 if early_stopping == "never" and penalty > 0 else length
+        closed |= totals[:, :1] / best_length**penalty <= scores[:, -1:]
+        if early_stopping is True:
+            closed |= scores[:, -1:] > LOWEST  # there are num_beams texts
+        closed |= length == max_length - 1
+        if closed.float().mean() >= ENDED_SHARE:
+            for row in closed[:, 0].nonzero().flatten().tolist():
+                decoded[running[row]] = cut_after_end(model, texts[row, 0, 1:].tolist())
+            rows = (~closed[:, 0]).nonzero().flatten()
+            running = [running[row] for row in rows.tolist()]
+            if not running:
+                break
+            ids, totals, texts, scores, closed = (x[rows] for x in (ids, totals, texts, scores, closed))
+            rows = (rows[:, None] * num_beams + torch.arange(num_beams, device=device)).flatten()
+            encoded, mask = keep_rows(rows, encoded, mask, cache)
+    return decoded
+
+
+def pick(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(prompts, beams, ...) by (prompts, k): each prompt's k beams."""
+    return values.take_along_dim(indices.view(*indices.shape, *[1] * (values.dim() - 2)), dim=1)
+
+
+def keep_rows(
+    rows: torch.Tensor, encoded: torch.Tensor, mask: torch.Tensor, cache: EncoderDecoderCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encoded` and `mask` of these rows of the batch, as wide as their longest prompt; the cache is changed."""
+    longest = int(mask[rows].sum(dim=1).max())
+    cache.batch_select_indices(rows.cpu())  # a spread model's layers lie on several devices
+    for layer in cache.cross_attention_cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
+    return encoded[rows, :longest], mask[rows, :longest]
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -126,39 +218,3 @@ def is_truncated(model: PreTrainedModel, ids: list[int], max_new_tokens: int) ->
     """Whether a text has no end of its own: some models are made to put an end token at the limit."""
     at_limit = len(ids) >= max_new_tokens and model.generation_config.forced_eos_token_id is not None
     return at_limit or not ids or ids[-1] not in end_tokens(model)
-
-
-def draw_numbers(prompts: list[list[int]], config: EvaluationConfig) -> torch.Tensor:
-    """(n, max_new_tokens) of uniform numbers, one for each token to draw. They follow from the seed and the prompt
-    alone, so that a text depends neither on its batch nor on the number of processes."""
-    rows = []
-    for prompt in prompts:
-        digest = hashlib.sha256(f"{config.seed} {prompt}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        rows.append(torch.rand(config.max_new_tokens, generator=generator, dtype=torch.float64))
-    return torch.stack(rows)
-
-
-def build_sampler(numbers: torch.Tensor | None, config: EvaluationConfig) -> LogitsProcessorList:
-    """What leaves each text one token, drawn with its number from the distribution that temperature, top_k and top_p
-    make of the logits; nothing if there are no numbers."""
-
-    def draw(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # The inverse of the distribution function, over tokens of falling probability: one number a token, where
-        # torch.multinomial would draw from one generator for the whole batch.
-        probabilities, tokens = scores.double().softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        cumulative = probabilities.cumsum(dim=1)
-        number = numbers[:, ids.shape[1] - 1, None].to(scores.device)
-        chosen = (cumulative <= number * cumulative[:, -1:]).sum(dim=1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, chosen), 0)
-
-    if numbers is None:
-        return LogitsProcessorList()
-    processors = []
-    if config.temperature != 1:
-        processors.append(TemperatureLogitsWarper(config.temperature))
-    if config.top_k:
-        processors.append(TopKLogitsWarper(config.top_k))
-    if config.top_p < 1:
-        processors.append(TopPLogitsWarper(config.top_p))
-    return LogitsProcessorList([*processors, draw])

@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 INT8 = ["generation_backend=ctranslate2", "ctranslate2_compute_type=int8"]
 # Name: way, beams, rows, settings of ours.
 RUNS = {
-    "notebook": ("notebook", 1, "6", []),
     "trainer": ("trainer", 1, "all", []),
+    "notebook": ("notebook", 1, "6", []),
     "trainer, distinct rows": ("trainer", 1, "distinct", []),
     "ours": ("ours", 1, "all", []),
     "ours, ctranslate2": ("ours", 1, "all", INT8[:1]),

@@ -4,7 +4,7 @@
 
 ROWS is all, distinct, or N for every Nth row. The settings are ours.
 Timed from rows to texts, after one row to warm up; neither loading (but for ctranslate2's converted model) nor, for
-the Trainer, tokenising is counted.
+the Trainer, tokenising is counted; the Trainer gets no labels, with which it would compute a loss as well.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorWithPadding, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -76,13 +76,13 @@ def prepare_notebook(path, model, tokenizer, dialogues, num_beams):
 
 def prepare_trainer(path, model, tokenizer, dialogues, num_beams):
     prompt_ids, _ = tokenize_prompts(dialogues, tokenizer, 1024)
-    data = datasets.Dataset.from_list([{"input_ids": ids, "labels": [1]} for ids in prompt_ids])
+    data = datasets.Dataset.from_list([{"input_ids": ids} for ids in prompt_ids])
     arguments = Seq2SeqTrainingArguments(
         tempfile.mkdtemp(), per_device_eval_batch_size=16, predict_with_generate=True, report_to="none",
         generation_max_length=MAX_NEW_TOKENS + 1, generation_num_beams=num_beams, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    trainer = Seq2SeqTrainer(model, arguments, DataCollatorForSeq2Seq(tokenizer, model=model))
+    trainer = Seq2SeqTrainer(model, arguments, DataCollatorWithPadding(tokenizer))
 
     def summarize():
         predictions = trainer.predict(data).predictions.clip(min=0)  # it pads with -100
