@@ -711,6 +711,23 @@ def test_a_step_taken_again_replaces_its_checkpoint(paths, copy_of_stopped):
     assert [line["step"] for line in record if line["split"] == "train"] == [3, 6, 7, 8]
 
 
+def test_a_checkpoint_of_another_folder_is_there_from_the_start(paths, never_stopped, stopped, tmp_path):
+    """Ended, and queued again, before its own first checkpoint, the run has something to go on from."""
+    there, output_dir = stopped["full"] / "checkpoints" / "step_000005", tmp_path / "out"
+
+    def fail():
+        while not find_checkpoints(output_dir):
+            time.sleep(0.01)
+        raise ConnectionError("the node is gone")
+
+    with acting_in_step(6, fail), pytest.raises(ConnectionError):
+        train("full", paths, output_dir, resume_from_checkpoint=str(there))
+    assert resume("full", paths, output_dir) == 0
+    check_same("full", output_dir, never_stopped["full"])
+    steps = [(line["step"], line["split"]) for line in read_jsonl(output_dir / "metrics.jsonl")]
+    assert len(steps) == len(set(steps))
+
+
 def skip_all_but(steps: dict, log_validation):
     def log_some(accelerator, model, tokenizer, data, config, step, *others):
         if step and step not in steps:
@@ -754,6 +771,24 @@ def test_a_full_disk(paths, never_stopped, small_disk, caplog):
     assert sorted(os.listdir(output_dir / "checkpoints")) == ["best_step_000012", "step_000005"]
     for kind in ("step", "best_step"):
         verify_checkpoint(find_checkpoints(output_dir, kind)[0])
+
+
+def test_lines_that_a_full_disk_refused_are_written_later(paths, small_disk, caplog):
+    """Full for 20 lines, which is more than the file's last page has room for."""
+    output_dir = small_disk(8000) / "out"
+    filling = output_dir.parent / "filling"
+
+    def fill():
+        with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    settings = {"max_train_steps": 24, "logging_steps": 1, "eval_steps": 100, "checkpointing_steps": 100}
+    with acting_in_step(3, fill), acting_in_step(23, filling.unlink):
+        assert train("full", paths, output_dir, **settings) == 0
+    assert "metrics.jsonl lacks a line: No space left on device" in caplog.text
+    steps = [line["step"] for line in read_jsonl(output_dir / "metrics.jsonl") if line["split"] == "train"]
+    assert steps == list(range(1, 25))
 
 
 def test_a_stop_on_a_full_disk(paths, never_stopped, small_disk):

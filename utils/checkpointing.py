@@ -91,15 +91,12 @@ class Checkpointer:
         if error:
             raise UserError(error)
         self.last_step = self.state["step"] if self.state else 0
+        is_here = self.folder and self.folder.parent.resolve() == self.parent.resolve()
+        self.last_saved = self.last_step if is_here else 0  # into output_dir
         same = self.state and self.state["num_processes"] == accelerator.num_processes
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
-
-    def has(self, step: int) -> bool:
-        """Whether the state after `step` updates is taken, and not only lies in another run's folder."""
-        is_here = self.folder is None or self.folder.parent.resolve() == self.parent.resolve()
-        return self.last_step == step and is_here
 
     @property
     def parent(self) -> Path:
@@ -177,7 +174,7 @@ class Checkpointer:
             parts = torch.stack([part.to(self.accelerator.device) for part in parts])
             for name, of_each in zip(SUMS_OF_A_PROCESS, self.accelerator.gather(parts[None]).T.tolist(), strict=True):
                 sums[name] = of_each
-        self.last_step = step
+        self.last_step = self.last_saved = step
         self.wait()  # before there is a second copy in memory
         parameters = trainable_parameters(self.accelerator, model)
         tensors = {

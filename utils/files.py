@@ -37,16 +37,18 @@ def write_jsonl(path: Path, rows: list[dict]):
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def append_line(path: Path, line: str):
-    """Whole or not at all; a full disk is a warning, since training can go on."""
+def append_line(path: Path, line: str) -> bool:
+    """Whole or not at all, and which of the two; a full disk is a warning, since training can go on."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        return True
     except OSError as error:
         logger.warning("%s lacks a line: %s", path, error.strerror)
         with contextlib.suppress(OSError):
             os.truncate(path, size)
+        return False
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ RUN_FILES = (
 )  # fmt: skip
 KEPT = ("last_good_model", "predictions.jsonl", "results.json")  # which only --overwrite_output_dir removes
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
+unwritten = []  # lines of metrics.jsonl that the disk has not taken yet
 
 
 def check_output_dir(config: Any):
@@ -138,9 +139,11 @@ def describe_software() -> dict[str, Any]:
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
-    """Append one line to metrics.jsonl, and tell the tracker."""
+    """Append one line to metrics.jsonl, after those that the disk did not take before, and tell the tracker."""
     if accelerator.is_main_process:
-        append_line(Path(config.output_dir) / "metrics.jsonl", json.dumps({"step": step, "split": split, **metrics}))
+        unwritten.append(json.dumps({"step": step, "split": split, **metrics}))
+        if append_line(Path(config.output_dir) / "metrics.jsonl", "\n".join(unwritten)):
+            unwritten.clear()
         logger.info("step %d %s loss %.4f", step, split, metrics["loss"])
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 

@@ -59,7 +59,7 @@ def train(
         return load_batches(accelerator, model, train_data, plan)
 
     def save(step: int):
-        if not checkpointer.has(step):
+        if step != checkpointer.last_saved:
             checkpointer.save(step, model, optimizer, lr_scheduler, interval, batch_size)
 
     def evaluate(step: int):
@@ -75,6 +75,7 @@ def train(
     batches = load_steps(range(first_step - 1, num_steps), batch_size)
     num_turns = gradient_accumulation_steps(len(lengths), total, batch_size, world)
     progress = tqdm(total=num_steps, initial=first_step - 1, unit="update", disable=not accelerator.is_main_process)
+    save(first_step - 1)  # if it lies in another folder: from now on this one must do
     evaluate(first_step - 1)
     for step in range(first_step, num_steps + 1):
         started = time.perf_counter()
