@@ -11,13 +11,14 @@ python evaluate_rouge.py --help                                       # every se
 
 from pathlib import Path
 
-from demo.facts import random_training_summaries, score_facts
-from utils.config import EvaluationConfig, UserError
-from utils.data import fingerprint, group_by_dialogue, load_rows, read_file
+from demo.facts import random_training_summaries, read_facts, score_facts
+from utils.config import EvaluationConfig
+from utils.data import fingerprint, group_by_dialogue, load_rows
 from utils.generation import summarize_with_models
 from utils.launching import run_script, start_whole_models
 from utils.partial_texts import remove_batches
 from utils.predictions import load_predictions
+from utils.prompting import build_prompt
 from utils.report import show_report
 from utils.scoring import write_results
 from utils.tracking import check_output_dir
@@ -33,7 +34,7 @@ def main(config: EvaluationConfig):
     texts = [dialogue["dialogue"] for dialogue in dialogues]
     example = {"split": config.split, "index": min(config.example_index, len(rows) - 1)}
     example |= rows[example["index"]]
-    facts = read_demo_facts(config, dialogues) if config.demo else []
+    facts = read_facts(config, dialogues) if config.demo else []
     accelerator = start_whole_models()
 
     truncated = {}
@@ -54,21 +55,13 @@ def main(config: EvaluationConfig):
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # each file in it is replaced when it is whole
         results = {"example": example | {"texts": shown}, "data_fingerprint": fingerprint(rows)}
+        results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
         if facts:
             results["facts"] = {name: score_facts(of_model, facts) for name, of_model in predictions.items()}
         write_results(config, dialogues, predictions, truncated, results)
         remove_batches(Path(config.output_dir))
         show_report(config)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
-
-
-def read_demo_facts(config: EvaluationConfig, dialogues: list[dict]) -> list[dict[str, str]]:
-    """The facts of each dialogue, which the demo's files hold beside its summary."""
-    path = Path(getattr(config, f"{config.split}_file"))
-    facts = {row.get("id"): row.get("facts") for _, row in read_file(path)}
-    if not all(facts.get(dialogue["id"]) for dialogue in dialogues):
-        raise UserError(f"--{config.split}_file {path}: rows without an id or facts, which --demo scores")
-    return [facts[dialogue["id"]] for dialogue in dialogues]
 
 
 if __name__ == "__main__":

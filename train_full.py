@@ -16,6 +16,7 @@ from utils.launching import run_script, start_accelerator
 from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
 from utils.preflight import report_preflight
+from utils.prompting import build_prompt
 from utils.report import plot_loss_curve
 from utils.tracking import check_output_dir, start_run
 from utils.training import train
@@ -42,7 +43,14 @@ def main(config: TrainingConfig):
     )
     num_steps = num_train_steps(config, len(train_data))
     num_parameters, num_trainable_parameters = count_parameters(model)
-    run = {"num_train_steps": num_steps, "data_fingerprint": fingerprint(train_rows, validation_rows)}
+    run = {
+        "num_parameters": num_parameters,
+        "num_trainable_parameters": num_trainable_parameters,
+        "num_train_examples": len(train_data),
+        "num_train_steps": num_steps,
+        "data_fingerprint": fingerprint(train_rows, validation_rows),
+        "prompt": build_prompt("{dialogue}"),
+    }
     if config.preflight:
         return report_preflight(accelerator, config, model, train_data, validation_data, run)
     checkpointer = Checkpointer(accelerator, config, describe_run(config, model) | run)
@@ -50,15 +58,7 @@ def main(config: TrainingConfig):
     lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    start_run(
-        accelerator,
-        config,
-        checkpointer.folder,
-        num_parameters=num_parameters,
-        num_trainable_parameters=num_trainable_parameters,
-        num_train_examples=len(train_data),
-        **run,
-    )
+    start_run(accelerator, config, checkpointer.folder, run)
     train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config, checkpointer)
     export_model(accelerator, model, tokenizer, config.output_dir)
     if accelerator.is_main_process:

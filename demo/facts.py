@@ -8,8 +8,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from demo.world import DAYS, WISHES
+from utils.config import EvaluationConfig, UserError
+from utils.data import read_file
 
 _SLOTS = {
     "a": r"(?P<a>#Person[12]#)",
@@ -46,6 +49,15 @@ def extract_facts(summary: str) -> dict[str, str]:
     if meeting:
         facts |= {"time": meeting["day"] or meeting["hour"], "place": meeting["place"]}
     return facts
+
+
+def read_facts(config: EvaluationConfig, dialogues: list[dict]) -> list[dict[str, str]]:
+    """The facts of each dialogue, which the demo's files hold beside its summary."""
+    path = Path(getattr(config, f"{config.split}_file"))
+    facts = {row.get("id"): row.get("facts") for _, row in read_file(path)}
+    if not all(facts.get(dialogue["id"]) for dialogue in dialogues):
+        raise UserError(f"--{config.split}_file {path}: rows without an id or facts, which --demo scores")
+    return [facts[dialogue["id"]] for dialogue in dialogues]
 
 
 def score_facts(predictions: Sequence[str], facts: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:

@@ -10,8 +10,8 @@ questions about dialogues with single sentences, some of them word for word a pa
 Monday at the bank."). The summarising prompt itself, whole summaries and the dialogues of the three splits are unseen.
 So the demo shows that the path from data to scores works, and nothing about how well Flan-T5 summarises.
 
-The data come out the same byte for byte. The weights do so only where the machine rounds alike. It takes under five
-minutes on one core.
+The data come out the same byte for byte. The weights do so only where the machine rounds alike. It takes about
+five minutes on one core.
 """
 
 import argparse

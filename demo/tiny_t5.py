@@ -1,4 +1,4 @@
-"""A T5 of 1.4 million parameters and its tokenizer, shaped like Flan-T5: gated GELU, an lm_head of its own."""
+"""A T5 of 1.3 million parameters and its tokenizer, shaped like Flan-T5: gated GELU, an lm_head of its own."""
 
 import re
 import string
@@ -57,8 +57,8 @@ def build_model(vocab_size: int, seed: int) -> T5ForConditionalGeneration:
         eos_token_id=1,
         tie_word_embeddings=False,  # in transformers 5 this turns off the scaling that goes with a tied head ...
     )
-    config.tie_word_embeddings = False  # ... but leaves the config saying True
     model = T5ForConditionalGeneration(config)
+    model.config.tie_word_embeddings = False  # ... but leaves the config saying True; encoder and decoder share theirs
     with torch.no_grad():
         # A head that starts as the embedding finds the word that attention brings; it is trained apart from then on.
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight * config.d_model**-0.5)

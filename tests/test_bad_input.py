@@ -245,6 +245,7 @@ BAD_FILES = {
         ", row 1 (line 2): broken csv: ',' expected after '\"'",
     ),
     "too many cells": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,Hello,you,c\n", ", row 2: 4 cells, but 3 columns"),
+    "column twice": ("rows.csv", CSV_HEADER.strip() + b",dialogue\n", ", line 1: column 'dialogue' is there 2 times"),
     "too few cells": ("rows.csv", CSV_HEADER + b"a,Hi.\n", ", row 1: 2 cells, but 3 columns"),
     "half a surrogate pair": (
         "rows.jsonl",
@@ -359,6 +360,10 @@ BAD_TRAINING_VALUES = {
     "--lr_scheduler_type=step": "argument --lr_scheduler_type/--lr-scheduler-type: invalid choice: 'step'",
     "--report_to=mlflow": "argument --report_to/--report-to: invalid choice: 'mlflow'",
     "--num_beams=4": "unknown setting --num_beams=4",
+    "--warmup_ratio=0.1 --lr_scheduler_type=constant": (
+        "--warmup_ratio 0.1 needs --lr_scheduler_type constant_with_warmup"
+    ),
+    "--lr_scheduler_type=inverse_sqrt": "--lr_scheduler_type inverse_sqrt needs a --warmup_ratio above 0, got 0.0",
 }
 BAD_LORA_VALUES = {
     "--lora_r=0": "--lora_r must be positive, got 0",
@@ -377,6 +382,7 @@ BAD_EVALUATION_VALUES = {
     "--models==google/flan-t5-base": "--models takes NAME=PATH_OR_HUB_ID, got '=google/flan-t5-base'",
     "--models=base=": "--models takes NAME=PATH_OR_HUB_ID, got 'base='",
     "--models a=x b=y a=z": "--models names 'a' twice",
+    "--models a=x --models=b=y": "--models is given twice: name all of them after one",
     "--learning_rate=1": "unknown setting --learning_rate=1",
 }
 VALUE_CASES = [
@@ -973,6 +979,14 @@ def test_lists_in_yaml(here):
     for words, expected in (([], ["a=x", "b=y=z"]), (["--models", "c=x"], ["c=x"])):
         config = parse_config(EvaluationConfig, "evaluate_rouge.yaml", ["--config=my.yaml", *words])
         assert config.models == expected
+
+
+def test_a_folder_demo_of_ones_own(here):
+    """Only what the demo's own settings name lies beside the scripts."""
+    (here / "my.yaml").write_text("train_file: demo/train.jsonl\n")
+    config = parse_config(TrainingConfig, "train_full.yaml", ["--demo", "--config=my.yaml"])
+    assert config.train_file == "demo/train.jsonl"
+    assert config.validation_file == str(REPOSITORY / "demo" / "validation.jsonl")
 
 
 def test_empty_yaml(here):

@@ -121,6 +121,11 @@ def test_a_pass_holds_every_example_once(world):
     assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == list(range(100))
 
 
+def test_a_pass_takes_no_more_turns_than_it_needs():
+    assert [len(batch) for batch in plan_pass(LENGTHS[:7], 7, 0, 1)] == [7]
+    assert [len(list(plan_pass(LENGTHS[:100], 7, rank, 2))) for rank in range(2)] == [8, 8]  # 100 / 14
+
+
 def test_collate():
     batch = collate({"input_ids": [[5, 6, 1], [7, 1]], "labels": [[8, 1], [9, 4, 1]]}, 0)
     assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]

@@ -6,6 +6,7 @@ so that a checkpoint's interval is open. `tests/test_checkpointing.py ORDERS` is
 
 import ast
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -480,13 +481,32 @@ def test_another_setting(paths, stopped, name, value):
         resume("full", paths, stopped["full"], **{name: value})
 
 
+def test_other_settings_are_all_named(paths, stopped):
+    with pytest.raises(UserError, match="seed was 42 and is 7; learning_rate was 0.01 and is 0.02$"):
+        resume("full", paths, stopped["full"], seed=7, learning_rate=0.02)
+
+
+def test_a_setting_of_ones_own_counts(paths, stopped, monkeypatch):
+    """A script that gets a new setting need not say so anywhere else."""
+    mine = dataclasses.make_dataclass("Mine", [("label_smoothing", float, 0.0)], bases=(TrainingConfig,), frozen=True)
+    monkeypatch.setitem(SCRIPTS, "full", (train_full, mine))
+    with pytest.raises(UserError, match="label_smoothing was None and is 0.1$"):
+        resume("full", paths, stopped["full"], label_smoothing=0.1)
+
+
+def test_another_prompt(paths, stopped, monkeypatch):
+    monkeypatch.setattr("utils.prompting.PROMPT_SUFFIX", "\nTL;DR:")
+    with pytest.raises(UserError, match="(?s)prompt was Summarize .* and is .*TL;DR:$"):
+        resume("full", paths, stopped["full"])
+
+
 def test_another_number_of_steps(paths, stopped):
     with pytest.raises(UserError, match="num_train_steps was 12 and is 13$"):
         resume("full", paths, stopped["full"], max_train_steps=13)
 
 
 def test_another_rank(paths, stopped):
-    with pytest.raises(UserError, match="lora_r was 32 and is 8$"):
+    with pytest.raises(UserError, match="lora_r was 32 and is 8;"):
         resume("lora", paths, stopped["lora"], lora_r=8)
 
 
@@ -512,7 +532,7 @@ def test_another_model(paths, stopped, tmp_path, kind):
 
 
 def test_the_other_script(paths, stopped):
-    with pytest.raises(UserError, match="lora_r was None and is 32$"):
+    with pytest.raises(UserError, match="lora_r was None and is 32;"):
         resume("lora", paths, stopped["full"])
 
 
@@ -528,9 +548,32 @@ def test_checkpoints_and_neither_flag(paths, stopped):
     assert read_record(stopped["full"]) == record and len(find_checkpoints(stopped["full"])) == 2
 
 
-def test_latest_without_a_checkpoint(paths, never_stopped, tmp_path):
+def test_latest_without_a_checkpoint(paths, never_stopped, tmp_path, caplog):
     assert resume("full", paths, tmp_path / "out") == 0
+    assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins from its start" in caplog.text
     check_same("full", tmp_path / "out", never_stopped["full"])
+
+
+def test_two_runs_at_once(paths, tmp_path):
+    """The second is refused whatever it asks for, and leaves the first alone; when that has ended, it is not."""
+    words = ["train_full.py", *to_words(SETTINGS | paths | {"output_dir": tmp_path / "out"})]
+
+    def start_another():
+        for more in (["--resume_from_checkpoint=latest"], ["--overwrite_output_dir"]):
+            run = run_script(*words, *more)
+            text = f"--output_dir {tmp_path / 'out'}: another run writes to it; wait for its end, or take another"
+            assert run.returncode == 2 and run.stderr.splitlines()[-1] == f"train_full.py: error: {text}"
+
+    with acting_in_step(7, start_another):
+        assert train("full", paths, tmp_path / "out") == 0
+    run = run_script(*words, "--resume_from_checkpoint=latest")
+    assert run.returncode == 0, run.stderr
+
+
+def test_others_may_read_what_is_written(never_stopped):
+    for folder in never_stopped.values():
+        modes = {path: path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+        assert set(modes.values()) == {modes[folder / "metrics.jsonl"]}
 
 
 def test_beginning_anew(paths, copy_of_stopped, never_stopped):

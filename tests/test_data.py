@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import DIALOGSUM, make_rows
+from test_models import write_bart
 from transformers import AutoTokenizer
 
 from utils.batching import measure_lengths
@@ -30,6 +31,14 @@ def test_truncation_cuts_the_dialogue_and_keeps_the_question(flan_t5):
     suffix = tokenizer("Summary:").input_ids  # with the end token
     assert (len(cut), uncut_length) == (20, length)
     assert cut == whole[: 20 - len(suffix)] + suffix and whole[-len(suffix) :] == suffix
+
+
+def test_truncation_of_a_prompt_that_starts_with_a_token(tmp_path):
+    write_bart(tmp_path / "bart")
+    tokenizer = load_tokenizer(str(tmp_path / "bart"))
+    (cut,), _ = tokenize_prompts([make_rows(1)[0]["dialogue"]], tokenizer, 40)
+    assert len(cut) == 40 and cut[0] == tokenizer.bos_token_id and cut.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(cut).endswith("\nSummary:</s>")
 
 
 def test_targets_are_cut_before_the_end_token(flan_t5, data_files, caplog):

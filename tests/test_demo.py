@@ -6,7 +6,7 @@ import random
 import subprocess
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, read_jsonl, run_script
 
 from demo.facts import extract_facts, random_training_summaries, score_facts
 from demo.make_demo import make_splits
@@ -65,6 +65,12 @@ def test_sample_is_wrong_before_and_right_after(demo):
     assert extract_facts(shown["original"].strip()) != row["facts"]
     for name in ("full", "lora"):
         assert extract_facts(shown[name].strip()) == row["facts"]
+
+
+def test_all_weights_are_trained_on_two_processes(tmp_path):
+    words = ("train_full.py", "--demo", "--max_train_steps", 2, "--output_dir", tmp_path / "out")
+    run = run_script(*words, num_processes=2)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_data_is_what_make_demo_makes():

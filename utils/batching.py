@@ -175,10 +175,11 @@ def plan_pass(lengths: np.ndarray, per_device_batch_size: int, rank: int, world:
     """The micro-batches of one rank in one pass over the whole set, for evaluation."""
     token_limit = per_device_batch_size * lengths.max(axis=0)
     longest_first = np.lexsort((-lengths[:, 1], -lengths[:, 0]))
-    num_turns = 8  # planned together: enough to save most padding, and few enough to plan in no time
-    size = num_turns * per_device_batch_size * world
+    # Eight turns are planned together: enough to save most padding, and few enough to plan in no time.
+    size = 8 * per_device_batch_size * world
     for start in range(0, len(longest_first), size):
         examples = longest_first[start : start + size]
+        num_turns = math.ceil(len(examples) / (per_device_batch_size * world))
         yield from plan_micro_batches(examples, lengths, num_turns, rank, world, token_limit)
 
 

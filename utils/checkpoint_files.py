@@ -59,6 +59,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
                 save_file(of_file, unfinished / f"{name}.safetensors")
         (unfinished / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         (unfinished / "metrics.jsonl").write_bytes(metrics)
+        for path in unfinished.glob("*.safetensors"):
+            shutil.copymode(unfinished / "state.json", path)  # safetensors lets nobody else read them
         files = {path.name: describe_file(path) for path in sorted(unfinished.iterdir())}
         manifest = {"files": files, "sha256": hash_json(files)}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -114,6 +116,7 @@ def choose_checkpoint(
     else:
         candidates = find_checkpoints(config.output_dir)
         if not candidates:
+            logger.warning("no checkpoint in %s yet: the run begins from its start", Path(config.output_dir))
             return None
     damage = []
     for folder in candidates:
@@ -124,11 +127,13 @@ def choose_checkpoint(
             continue
         for text in damage:
             logger.warning("%s: going on from %s", text, folder.name)
-        for name in dict.fromkeys([*run, *state["run"]]):
-            if name not in but and (here := run.get(name)) != (there := state["run"].get(name)):
-                raise UserError(
-                    f"--resume_from_checkpoint {folder}: it is of another run: {name} was {there} and is {here}"
-                )
+        differences = [
+            f"{name} was {there} and is {here}"
+            for name in dict.fromkeys([*run, *state["run"]])
+            if name not in but and (here := run.get(name)) != (there := state["run"].get(name))
+        ]
+        if differences:
+            raise UserError(f"--resume_from_checkpoint {folder}: it is of another run: {'; '.join(differences)}")
         return folder, state
     raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
 

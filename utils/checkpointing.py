@@ -5,11 +5,14 @@ reseeded in each step.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
+import os
 import shutil
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,20 +35,23 @@ from utils.checkpoint_files import (
     write_checkpoint,
 )
 from utils.config import TrainingConfig, UserError
-from utils.files import write_file
+from utils.files import lock_folder, write_file
 from utils.stopping import EXIT_STOPPED, StopRequest
 from utils.strategies import gather_moments, gather_tensor, name_strategy, set_moments, set_parameter
 from utils.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
 SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # of an open interval; of the others, the main one's count
-# Settings that make a run what it is; with others it would not go on but be another one.
-IDENTITY_SETTINGS = (
-    "total_train_batch_size", "seed", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_ratio",
-    "max_grad_norm", "max_source_length", "max_target_length", "mixed_precision", "metric_for_best_model",
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "loraplus_lr_ratio",
-    "load_in_4bit",
-)  # fmt: skip
+# Settings that may change when a run goes on. With another value of any other it would be another run; a new setting
+# counts as one of those until it is named here. Of model, data and length the fingerprints and counts tell.
+FREE_SETTINGS = {
+    "model_name_or_path", "dataset_name", "train_file", "validation_file", "test_file", "dialogue_column",
+    "summary_column", "max_train_samples", "max_eval_samples", "num_train_epochs", "max_train_steps", "demo",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "attn_implementation", "gradient_checkpointing",
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "merge_into",
+    "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "max_time", "preflight", "report_to",
+}  # fmt: skip
 
 
 def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, An
 
 
 def identity_settings(config: TrainingConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in IDENTITY_SETTINGS if hasattr(config, name)}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
 
 
 def fingerprint_model(model: torch.nn.Module) -> str:
@@ -79,11 +85,13 @@ class Checkpointer:
         self.folder, self.state, error = None, None, None
         # What lies there may be of a later step than the checkpoint: the run will come by it again.
         self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
-        if config.resume_from_checkpoint and accelerator.is_main_process:
+        if accelerator.is_main_process:
             try:
-                self.folder, self.state = choose_checkpoint(config, run) or (None, None)
+                if config.resume_from_checkpoint:
+                    self.folder, self.state = choose_checkpoint(config, run) or (None, None)
                 if self.folder:
                     self.best_folder, self.best = find_best(self.folder.parent)
+                weakref.finalize(self, os.close, lock_folder(Path(config.output_dir), "output_dir"))
             except UserError as user_error:
                 error = str(user_error)
         found = [self.folder, self.state, self.best_folder, self.best, error]
@@ -135,7 +143,7 @@ class Checkpointer:
             write_file(Path(self.config.output_dir) / "metrics.jsonl", metrics)
             logger.info("going on from %s", self.folder)
             for name, here in self.describe_processes().items():
-                if self.state[name] != here:
+                if self.state[name] != here and here != "auto":
                     text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
                     logger.info(text, name, self.state[name], here)
         self.accelerator.wait_for_everyone()
@@ -176,6 +184,7 @@ class Checkpointer:
                 sums[name] = of_each
         self.last_step = self.last_saved = step
         self.wait()  # before there is a second copy in memory
+        self.accelerator.wait_for_everyone()  # DeepSpeed's own process group waits for ten minutes only
         parameters = trainable_parameters(self.accelerator, model)
         tensors = {
             "model": self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items()),
@@ -197,6 +206,7 @@ class Checkpointer:
             return
         self.best, self.best_folder = {"step": step, "value": value}, self.parent / f"best_step_{step:06d}"
         self.wait()
+        self.accelerator.wait_for_everyone()
         parameters = trainable_parameters(self.accelerator, model)
         copies = self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items())
         if self.accelerator.is_main_process:
@@ -248,7 +258,11 @@ class Checkpointer:
 
     def describe_processes(self) -> dict[str, Any]:
         """With others, a run goes on to rounding and not to the bit."""
-        return {"num_processes": self.accelerator.num_processes, "strategy": name_strategy(self.accelerator)}
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "strategy": name_strategy(self.accelerator),
+            "per_device_train_batch_size": self.config.per_device_train_batch_size,
+        }
 
     def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
         """Hand over to the thread; what becomes of it is said by `wait`."""

@@ -43,7 +43,9 @@ class DataConfig:
     dialogue_column: str = setting("dialogue", "column that holds the dialogue")
     summary_column: str = setting("summary", "column that holds the summary")
     max_source_length: int = setting(1024, "longest prompt, in tokens; the dialogue's end is cut")
-    per_device_eval_batch_size: int = setting(32, "the same, when not training")
+    per_device_eval_batch_size: int = setting(
+        32, "examples of full length in one forward pass of validation or generation; of shorter ones more"
+    )
     attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
     seed: int = setting(42, "seed of everything that is random")
     overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
@@ -65,7 +67,7 @@ class TrainingConfig(DataConfig):
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
     per_device_train_batch_size: size_or_auto = setting(
-        16, "examples of full length that fit into one forward pass, of shorter ones more do; auto: find out how many"
+        16, "examples of full length in one forward pass, of shorter ones more; auto: as many as fit on the GPU"
     )
     num_train_epochs: int = setting(1, "passes over the training set")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
@@ -108,6 +110,10 @@ class TrainingConfig(DataConfig):
             raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio} needs --lr_scheduler_type constant_with_warmup")
+        if self.lr_scheduler_type == "inverse_sqrt" and not self.warmup_ratio:  # it falls from the warm-up's end
+            raise UserError("--lr_scheduler_type inverse_sqrt needs a --warmup_ratio above 0, got 0.0")
         if self.max_time is not None and parse_duration(self.max_time) == 0:
             raise UserError("--max_time must be longer than no time")
         if self.resume_from_checkpoint == "":
@@ -253,7 +259,9 @@ def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     parser.error = _raise_user_error
     yaml_names = {item.name: item.type == list[str] for item in fields(config_class) if item.name != "demo"}
     given, _ = parser.parse_known_args(argv)
-    from_demo = read_yaml(REPOSITORY / "demo" / demo_file, yaml_names) if given.demo else []
+    demo = REPOSITORY / "demo"  # what its settings name lies there, wherever the script is started from
+    from_demo = read_yaml(demo / demo_file, yaml_names) if given.demo else []
+    from_demo = [re.sub("(^|=)demo/", lambda match: f"{match[1]}{demo}/", word) for word in from_demo]
     from_yaml = read_yaml(Path(given.config), yaml_names) if given.config else []
     values, unknown = parser.parse_known_args([*from_demo, *from_yaml, *argv])
     if unknown:
@@ -262,6 +270,8 @@ def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     for item in fields(config_class):
         if item.metadata.get("action") == "extend" and getattr(given, item.name):
             setattr(values, item.name, getattr(given, item.name))  # and not those of the YAML too
+        elif item.type == list[str] and [word.partition("=")[0] for word in argv].count(f"--{item.name}") > 1:
+            raise UserError(f"--{item.name} is given twice: name all of them after one")
     for name in names:
         check_text(name, getattr(values, name))
     return config_class(**{name: getattr(values, name) for name in names})
@@ -298,16 +308,10 @@ def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:
         if isinstance(value, list) and not names[name]:
             raise UserError(f"--config {path}: {name} takes one value, got a list")
         if isinstance(value, list):
-            words += [f"--{name}", *(_resolve(item) for item in value)]
+            words += [f"--{name}", *map(str, value)]
         elif value not in ("", "null", "~"):
-            words += [f"--{name}={_resolve(value)}"]
+            words += [f"--{name}={value}"]
     return words
-
-
-def _resolve(value: Any) -> str:
-    """The value as text; what lies in demo/ is found wherever the script is started from."""
-    before, equals, path = str(value).rpartition("=")
-    return f"{before}{equals}{REPOSITORY / path}" if path.startswith("demo/") else str(value)
 
 
 def nearest(name: str, names: list[str], prefix: str) -> str:

@@ -87,6 +87,8 @@ def parse_csv(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
     rows = []
     try:
         header = next(reader, [])
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise UserError(f"{path}, line 1: column {twice[0]!r} is there {len(twice)} times")
         for cells in reader:
             if not cells:
                 continue  # a blank line
@@ -165,6 +167,8 @@ def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, m
     """(input_ids, lengths before truncation) of each dialogue's prompt; truncation cuts the dialogue's end, never
     the words after it that ask for the summary."""
     suffix_ids = tokenizer(PROMPT_SUFFIX).input_ids
+    if suffix_ids[0] == tokenizer.bos_token_id:  # BART's, which starts a text
+        suffix_ids = suffix_ids[1:]
     if max_length <= len(suffix_ids):
         raise UserError(f"--max_source_length must be over {len(suffix_ids)}, got {max_length}")
     prompt_ids = tokenizer([build_prompt(dialogue) for dialogue in dialogues]).input_ids

@@ -43,7 +43,7 @@ def decode_batch(
             custom_generate=search_beams,
         )
     else:
-        numbers = draw_numbers(prompts, config) if config.do_sample else None
+        numbers = draw_numbers(prompts, config).to(model.device) if config.do_sample else None
         decoded = decode_in_rounds(model, encoded, mask, numbers, config)
     return [(ids, is_truncated(model, ids, config.max_new_tokens)) for ids in decoded]
 
@@ -60,7 +60,8 @@ def encode(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
         pieces.append(hidden.last_hidden_state)
         start += len(piece)
     longest = max(map(len, prompts))
-    return torch.cat([pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces])
+    # The last layers of a spread model's encoder may lie on another device than the first.
+    return torch.cat([pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces]).to(model.device)
 
 
 def decode_in_rounds(

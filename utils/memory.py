@@ -29,8 +29,8 @@ def find_batch_size(
     examples for a process."""
     longest_source, longest_target = (int(index) for index in lengths.argmax(axis=0))
     example = {"input_ids": [data[longest_source]["input_ids"]], "labels": [data[longest_target]["labels"]]}
-    # AdamW's two moments are not there yet, but will be.
-    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    # AdamW's two moments and the gradient of the micro-batches before are not there yet, but will be.
+    to_come = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
     fits, too_many = 0, None
     size = math.ceil(min(config.total_train_batch_size, len(data)) / accelerator.num_processes)
     while size > fits:
@@ -39,7 +39,7 @@ def find_batch_size(
         else:
             too_many = size
         size = fits if too_many is None else (fits + too_many) // 2
-    del moments
+    del to_come
     fits = int(accelerator.gather(torch.tensor([fits], device=accelerator.device)).min())
     if fits == 0:
         source, target = lengths.max(axis=0)

@@ -104,7 +104,7 @@ def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):
         index = {name: "model.safetensors"}
     try:
         with safe_open(cached_file(name_or_path, index.get(name, "model.safetensors")), framework="pt") as weights:
-            own = weights.get_tensor(name) if name in weights.keys() else None  # noqa: SIM118  it is no dictionary
+            own = weights.get_tensor(name) if name in weights.keys() else None
     except OSError as error:
         raise UserError(f"--{setting} {name_or_path}: ZeRO-3 needs its weights as model.safetensors") from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -223,6 +223,8 @@ def write_model(
             if isinstance(model, PeftModel):
                 rename_magnitudes(unchecked / "adapter_model.safetensors")
         save_tokenizer(tokenizer, unchecked)
+        for path in unchecked.glob("*.safetensors"):
+            shutil.copymode(unchecked / "tokenizer_config.json", path)  # safetensors lets nobody else read them
     except OSError as error:
         shutil.rmtree(unchecked, ignore_errors=True)
         raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error

@@ -1,11 +1,11 @@
 """Where the model that generates lies: whole on each process's device, or spread over what one process has."""
 
-import gc
 import warnings
 from pathlib import Path
 
 from accelerate import Accelerator, dispatch_model, infer_auto_device_map
 from accelerate.utils import get_max_memory
+from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 
 from utils.config import EvaluationConfig, UserError
@@ -36,7 +36,7 @@ def place_model(
     """
     if not config.device_map:
         return model.to(accelerator.device)
-    gc.collect()  # the hooks of a model that was spread before hold each other
+    clear_device_cache(garbage_collection=True)  # the hooks of a model that was spread before hold each other
     if max_memory is None:
         free = get_max_memory()
         max_memory = {device: size if device == "cpu" else int(size * WEIGHTS_SHARE) for device, size in free.items()}

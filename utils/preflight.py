@@ -47,7 +47,8 @@ def report_preflight(
         try:
             lines = describe_start(accelerator, config, model, run)
             lines += describe_data(config, {"train": train_data, "validation": validation_data})
-            lines += describe_plan(config, micro_batches, accelerator.num_processes, run["num_train_steps"])
+            num_examples = min(config.total_train_batch_size, len(train_data))
+            lines += describe_plan(config, micro_batches, num_examples, run["num_train_steps"])
             memory_lines, needed = describe_memory(
                 accelerator, config, model, micro_batches, validation_data, run["num_train_steps"], free
             )
@@ -149,18 +150,19 @@ def describe_data(config: TrainingConfig, data: dict[str, datasets.Dataset | Non
 
 
 def describe_plan(
-    config: TrainingConfig, micro_batches: list[list[MicroBatch]], num_processes: int, num_steps: int
+    config: TrainingConfig, micro_batches: list[list[MicroBatch]], num_examples: int, num_steps: int
 ) -> list[str]:
     everywhere = [micro_batch for of_process in micro_batches for micro_batch in of_process]
     num_planned = min(num_steps, NUM_STEPS_PLANNED)
+    per_update = len(micro_batches[0]) // num_planned
     efficiency = sum(m.num_tokens for m in everywhere) / sum(m.num_computed_tokens for m in everywhere)
     largest = find_largest(everywhere)
     auto = "; auto: as many as fit, here one at a time" * (config.per_device_train_batch_size == "auto")
     return [
         "",
-        f"steps       {num_steps:,} updates of {config.total_train_batch_size:,} examples; validation every "
+        f"steps       {num_steps:,} updates of {num_examples:,} examples; validation every "
         f"{config.eval_steps:,}, a checkpoint every {config.checkpointing_steps:,}",
-        f"plan        {len(micro_batches[0]) // num_planned} micro-batches per update and process{auto}",
+        f"plan        {per_update} micro-batch{'es' * (per_update > 1)} per update and process{auto}",
         f"            {efficiency:.3f} of the computed tokens are no padding, in the first {num_planned} updates",
         f"            largest micro-batch: {largest.num_examples} examples of up to {largest.source_length:,} source "
         f"and {largest.target_length:,} target tokens",

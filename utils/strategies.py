@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import pad
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -243,7 +244,7 @@ def link_moments(optimizer):
 
 def set_deepspeed_moments(optimizer, parameters: dict[str, torch.nn.Parameter], moments: dict[str, torch.Tensor]):
     """DeepSpeed keeps flat partitions, for which AdamW has no state before its first step."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     optimizer.refresh_fp32_params()
     step = moments[f"{next(iter(parameters))}.step"]
@@ -254,4 +255,10 @@ def set_deepspeed_moments(optimizer, parameters: dict[str, torch.nn.Parameter], 
     link_moments(optimizer)
     for name, parameter in parameters.items():
         for key in MOMENTS:
-            safe_set_full_optimizer_state(parameter, moments[f"{name}.{key}"].to(parameter.device), key)
+            value = moments[f"{name}.{key}"].to(parameter.device)
+            if is_zero3:  # of a whole value DeepSpeed takes parts of equal size, which there need not be
+                size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+                value = pad(value.flatten(), (0, size * (rank + 1)))[size * rank :][:size]
+                safe_set_local_optimizer_state(parameter, value, key)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)

@@ -125,7 +125,8 @@ def format_interval(score: dict[str, float], sign: str = "") -> str:
 
 
 def format_p_value(p_value: float) -> str:
-    return f"{p_value:.3f}".removeprefix("0")
+    least = 2 / (NUM_DRAWS + 1)  # that so many draws can give
+    return "≤" * (p_value <= least) + f"{p_value:.3f}".removeprefix("0")
 
 
 def describe_differences(comparisons: list[tuple[tuple[str, str], dict]], num_dialogues: int) -> list[str]:

@@ -32,6 +32,7 @@ RUN_FILES = (
 )  # fmt: skip
 KEPT = ("last_good_model", "predictions.jsonl", "results.json")  # which only --overwrite_output_dir removes
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
+FEW_STEPS = 20
 unwritten = []  # lines of metrics.jsonl that the disk has not taken yet
 
 
@@ -102,15 +103,15 @@ def clear_output_dir(accelerator: Accelerator, config: Any):
     accelerator.wait_for_everyone()
 
 
-def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path | None, **facts: Any):
-    """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `facts`.
+def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path | None, run: dict[str, Any]):
+    """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `run`.
     What the folder holds stays there if the run goes on from a checkpoint in it."""
     if checkpoint is None or not is_in(checkpoint, config.output_dir):
         clear_output_dir(accelerator, config)
     settings = dataclasses.asdict(config)
     if accelerator.is_main_process:
         manifest = {
-            **facts,
+            **run,
             "num_processes": accelerator.num_processes,
             "strategy": name_strategy(accelerator),
             "device": accelerator.device.type,
@@ -118,7 +119,10 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
             **describe_software(),
         }
         write_json(Path(config.output_dir) / "run_manifest.json", manifest)
-        logger.info(", ".join(f"{name} {value:,}" for name, value in facts.items() if isinstance(value, int)))
+        logger.info(", ".join(f"{name} {value:,}" for name, value in run.items() if isinstance(value, int)))
+        if run["num_train_steps"] < FEW_STEPS and config.max_train_steps is None:
+            logger.warning("only %d updates; more with --num_train_epochs, or a lower --total_train_batch_size",
+                           run["num_train_steps"])  # fmt: skip
     if config.report_to != "none":
         flat = {
             name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
@@ -129,7 +133,8 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
 def describe_software() -> dict[str, Any]:
     commit = None
     if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]  # HASH, or HASH-dirty
+        git = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         commit = git.stdout.strip() if git.returncode == 0 else None
     return {
         "library_versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
