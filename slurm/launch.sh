@@ -4,7 +4,8 @@
 # passes it on to the step; a script that then stops with 75 (a checkpoint is written), or that the signal ended before it
 # had begun, is queued again. One that stops with 75 for another reason (a STOP file, --max_time) is not: the job ends as
 # FAILED with exit code 75, and so it does at once with an error's code. `scancel --batch --signal=USR1 JOB` asks for the
-# same as the limit.
+# same as the limit. A job that cannot write its checkpoint in time is lost back to the one before, and not queued again:
+# for a large model `sbatch --signal=B:USR1@900` signals it earlier.
 #
 # `--config_file FILE` among the words is `accelerate launch`'s: its settings become the step's environment. How many
 # processes there are is Slurm's to say, not the file's.
@@ -41,13 +42,14 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$((SLURM_NNODES * num_gpus)) LOCAL_WORLD_SIZE=$num_gpus
 
+# Each process finds its GPU among all of the node's by LOCAL_RANK: none is to be hidden from it.
 # No torchrun between: it hides the exit code and dies of SIGUSR1. exec, since Slurm signals this very process alone.
 # Until the script listens the signal is held back, as a process that has just been started would die of it.
 hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 os.execvp("python", ["python", *sys.argv[1:]])'
 # shellcheck disable=SC2016  # each task's own variables, not the batch shell's
 srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / num_gpus)) \
-    --kill-on-bad-exit=1 \
+    --kill-on-bad-exit=1 --gpu-bind=none \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -c "$@"' bash "$hold" "$script" "$@" &
 step=$!
 interrupted=''

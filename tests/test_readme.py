@@ -102,9 +102,14 @@ def test_commands_for_own_data(flan_t5, tmp_path):
     assert set(json.loads((tmp_path / "my-report" / "results.json").read_text())["models"]) == {"original", "mine"}
 
 
+def test_every_module_is_listed():
+    listed = re.findall(r"^  (\w+\.py) ", (REPOSITORY / "README.md").read_text(), flags=re.MULTILINE)
+    assert sorted([*listed, "__init__.py"]) == sorted(path.name for path in (REPOSITORY / "utils").glob("*.py"))
+
+
 def test_settings_named_in_readme_exist():
     known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
-    launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array"}
+    launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array", "signal"}
     launcher |= {"num_machines", "machine_rank", "main_process_ip"}
     named = set(re.findall(r"--([a-z][\w-]+)", (REPOSITORY / "README.md").read_text()))
     assert named <= known | launcher

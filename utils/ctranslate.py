@@ -1,5 +1,6 @@
 """Generation with CTranslate2, which is optional: requirements-ctranslate2.txt. A model is converted once, in fp32."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -28,6 +29,12 @@ def check_ctranslate2(accelerator: Accelerator, config: EvaluationConfig):
     device = accelerator.device.type
     if device not in ("cpu", "cuda"):
         raise UserError(f"--generation_backend ctranslate2: runs on cpu and cuda, not on {device}")
+    if device == "cuda":
+        try:
+            ctypes.CDLL("libcublas.so.12")
+        except OSError as error:
+            advice = "pip install nvidia-cublas-cu12 and add its folder to LD_LIBRARY_PATH, or use transformers"
+            raise UserError(f"--generation_backend ctranslate2: {error}; {advice}") from error
     supported = ctranslate2.get_supported_compute_types(device, accelerator.device.index or 0)
     if config.ctranslate2_compute_type not in supported:
         ours = [name for name in ("float32", "bfloat16", "float16", "int8") if name in supported]

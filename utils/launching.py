@@ -25,6 +25,7 @@ from utils.launcher import check_launcher
 from utils.stopping import EXIT_STOPPED, listen
 from utils.strategies import configure_strategy
 
+logger = logging.getLogger(__name__)
 FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
                 "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_DYNAMO_BACKEND",
                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # fmt: skip
@@ -131,6 +132,8 @@ def start_processes(**settings: object) -> Accelerator:
     # The main process alone hashes checkpoints and writes and reloads models while the others wait.
     settings["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]
     if not torch.accelerator.is_available():
+        if num_gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
+            logger.warning("Slurm gives %s GPUs on this node and PyTorch sees none: the CPU computes", num_gpus)
         # CPU processes find each other on gloo, and must be told so; otherwise each takes itself for the only one.
         if asked == "DEEPSPEED":
             settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(hours=2))]
