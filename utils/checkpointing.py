@@ -41,7 +41,7 @@ from utils.strategies import gather_moments, gather_tensor, name_strategy, set_m
 from utils.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
-SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # of an open interval; of the others, the main one's count
+SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # what an open interval sums per process; the rest is alike
 # Settings that may change when a run goes on. With another value of any other it would be another run; a new setting
 # counts as one of those until it is named here. Of model, data and length the fingerprints and counts tell.
 FREE_SETTINGS = {
@@ -83,7 +83,7 @@ class Checkpointer:
         """Find where to go on, on all processes alike: `folder` is None for a run from the beginning."""
         self.accelerator, self.config, self.run = accelerator, config, run
         self.folder, self.state, error = None, None, None
-        # What lies there may be of a later step than the checkpoint: the run will come by it again.
+        # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
         self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
         if accelerator.is_main_process:
             try:
@@ -150,7 +150,8 @@ class Checkpointer:
         return interval
 
     def restore_interval(self) -> Counter:
-        """Each process its own sums, for their sum to be rounded as ever; of other processes, the main one all."""
+        """The open interval, each process with its own sums, so that their total is rounded as it would have been. If
+        the number of processes is another, the main one takes the totals."""
         interval = Counter(self.state["interval"])
         for name in SUMS_OF_A_PROCESS if interval else ():
             of_each, index = interval[name], self.accelerator.process_index

@@ -156,7 +156,7 @@ def search_beams(
         candidates[:, :, length] = tokens
         ended = stopping_criteria(candidates[:, :, : length + 1].flatten(0, 1), None).view_as(tokens)
 
-        # Those that end do so as texts only where they are among the first num_beams.
+        # An ended beam counts as a text only if it is among the first num_beams.
         new_scores = (candidate_totals / length**penalty).masked_fill(~ended | closed, LOWEST)[:, :num_beams]
         scores, chosen = torch.cat((scores, new_scores), dim=1).topk(num_beams)
         texts = pick(torch.cat((texts, candidates[:, :num_beams]), dim=1), chosen)

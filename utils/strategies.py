@@ -129,8 +129,8 @@ def whole_models(accelerator: Accelerator) -> Iterator[None]:
 
 @contextlib.contextmanager
 def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass. Processes exchange gradients once an update, in its `last`;
-    where gradients are sharded in each, since nobody holds a whole one."""
+    """Around a micro-batch's forward and backward pass. Whole gradients are exchanged once an update, in its `last`
+    micro-batch; sharded ones in every micro-batch, since no process holds a whole one."""
     if is_deepspeed(accelerator):
         model.set_gradient_accumulation_boundary(last)
         yield
