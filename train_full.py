@@ -13,7 +13,7 @@ from utils.checkpointing import Checkpointer, describe_run
 from utils.config import TrainingConfig
 from utils.data import fingerprint, load_rows, tokenize_rows
 from utils.launching import run_script, start_accelerator
-from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer
+from utils.modeling import check_sizes, count_parameters, export_model, load_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
 from utils.preflight import report_preflight
 from utils.prompting import build_prompt
@@ -33,7 +33,7 @@ def main(config: TrainingConfig):
     model = load_model(
         config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight
     )
-    check_positions(model, config)
+    check_sizes(model, tokenizer, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

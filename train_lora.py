@@ -12,7 +12,7 @@ from utils.config import LoraTrainingConfig
 from utils.data import fingerprint, load_rows, tokenize_rows
 from utils.launching import run_script, start_accelerator
 from utils.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
-from utils.modeling import check_positions, count_parameters, export_model, load_tokenizer
+from utils.modeling import check_sizes, count_parameters, export_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
 from utils.preflight import report_preflight
 from utils.prompting import build_prompt
@@ -30,7 +30,7 @@ def main(config: LoraTrainingConfig):
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = add_lora(load_frozen_base(accelerator, config), config)
-    check_positions(model, config)
+    check_sizes(model, tokenizer, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

@@ -20,6 +20,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, make_rows, read_jsonl, write_rows
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
 import evaluate_rouge
@@ -382,7 +383,7 @@ BAD_EVALUATION_VALUES = {
     "--models==google/flan-t5-base": "--models takes NAME=PATH_OR_HUB_ID, got '=google/flan-t5-base'",
     "--models=base=": "--models takes NAME=PATH_OR_HUB_ID, got 'base='",
     "--models a=x b=y a=z": "--models names 'a' twice",
-    "--models a=x --models=b=y": "--models is given twice: name all of them after one",
+    "--models a=x --models=b=y": "--models is given twice, and only the last would count",
     "--learning_rate=1": "unknown setting --learning_rate=1",
 }
 VALUE_CASES = [
@@ -591,10 +592,17 @@ def break_adapter(folder: Path, **changes: object):
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
 
 
+def rename_weights(folder: Path):
+    path = folder / "adapter_model.safetensors"
+    save_file({name.replace("lora_A", "lora_C"): tensor for name, tensor in load_file(path).items()}, path)
+
+
 BROKEN_ADAPTERS = {
     "no weights": lambda folder: (folder / "adapter_model.safetensors").unlink(),
     "adapter_config.json is not JSON": write_file("adapter_config.json", "{"),
     "no name of a base": lambda folder: break_adapter(folder, base_model_name_or_path=None),
+    "weights of other names": rename_weights,
+    "fewer layers than weights": lambda folder: break_adapter(folder, target_modules=["q"]),
     "base is gone": lambda folder: break_adapter(folder, base_model_name_or_path="/nowhere"),
     "base is on the hub": lambda folder: break_adapter(folder, base_model_name_or_path="google/flan-t5-base"),
 }
@@ -607,6 +615,17 @@ def test_broken_adapter(refuse, here, data_files, finished, script, case):
     BROKEN_ADAPTERS[case](here / "adapter")
     message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "./adapter"))
     assert re.match(rf"{model_setting(script)} \S*adapter(: |, its base (/nowhere|google/flan-t5-base): )", message)
+
+
+@every_script
+def test_tokenizer_of_another_model(refuse, here, data_files, flan_t5, script):
+    shutil.copytree(flan_t5, here / "model")
+    tokenizer = AutoTokenizer.from_pretrained(flan_t5)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(here / "model")
+    message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "./model"))
+    num_tokens = len(tokenizer)
+    assert message == f"the tokenizer has {num_tokens} tokens and the model only {num_tokens - 1}: not a pair"
 
 
 def test_lora_on_a_lora_folder(refuse, here, data_files, finished):
@@ -1081,16 +1100,93 @@ def test_the_base_cannot_lie_in_what_is_replaced(tmp_path):
         check_output_dir(config)
 
 
-def test_an_evaluation_is_not_cleared_by_a_resume_that_finds_nothing(tmp_path):
-    (tmp_path / "results.json").write_text("{}")
+@pytest.mark.parametrize("setting", ["train_file", "validation_file", "test_file", "predictions_file"])
+def test_what_is_read_cannot_lie_in_what_is_replaced(tmp_path, setting):
+    path = tmp_path / "predictions.jsonl"
+    path.touch()
+    config_class, value = TrainingConfig, str(path)
+    if setting == "predictions_file":
+        config_class, value = EvaluationConfig, [f"theirs={path}"]
+    with pytest.raises(UserError, match=f"--{setting} .* lies in what --output_dir .* replaces"):
+        check_output_dir(config_class(output_dir=str(tmp_path), overwrite_output_dir=True, **{setting: value}))
+
+
+@pytest.mark.parametrize(
+    "theirs", ["results.json", "report.md", "tokenizer.json", "model.safetensors", "vocab.json", "tracker/events",
+               "checkpoints/epoch1.pt", "checkpoints/step_000006_backup", "checkpoints/best_step_000006"],
+)  # fmt: skip
+def test_nothing_is_cleared_by_a_resume_that_finds_nothing(tmp_path, theirs):
+    (tmp_path / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / theirs).touch()
     with pytest.raises(UserError, match="holds a run already"):
         check_output_dir(TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+
+
+def test_links_are_not_replaced(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match="checkpoints in it is a link: remove it, or take another folder"):
+        check_output_dir(TrainingConfig(output_dir=str(tmp_path / "out"), overwrite_output_dir=True))
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="gone: a link to what is not there"):
+        check_output_dir(TrainingConfig(output_dir=str(tmp_path / "gone")))
+
+
+def test_weights_that_are_not_finite_are_not_exported(here, data_files, flan_t5, capsys):
+    words = [*quick_run("train_full", flan_t5, data_files), "--weight_decay=1e300", "--learning_rate=1"]
+    with pytest.raises(SystemExit):
+        start("train_full", *words, "--max_train_steps=1", "--output_dir=out")
+    assert "is no longer finite: try a lower --learning_rate" in capsys.readouterr().err
+    assert not (here / "out" / "model.safetensors").exists()
+
+
+def test_texts_that_rouge_does_not_see(here, caplog):
+    write_rows(here / "test.jsonl", [{"id": "a", "dialogue": "Hi.", "summary": "Привет."}])
+    write_rows(here / "texts.jsonl", [{"id": "a", "prediction": "Привет."}])
+    start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
+    assert "1 references have no letter a to z and no digit: nothing else counts in ROUGE" in caplog.text
+
+
+def test_texts_of_another_dialogue(refuse, here):
+    """Without ids, rows are named by their place, which may have changed."""
+    write_rows(here / "test.jsonl", [{"dialogue": text, "summary": text} for text in ("Hi.", "Bye.")])
+    rows = [{"id": f"test_{i}", "dialogue": text, "prediction": "Hi."} for i, text in enumerate(("Bye.", "Hi."))]
+    write_rows(here / "texts.jsonl", rows)
+    message = refuse("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
+    assert "2 of another dialogue than the data's: 'test_0' in row 1, 'test_1' in row 2" in message
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def main(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["evaluate_rouge.py"])
+    assert launching.run(main, EvaluationConfig, "evaluate_rouge.yaml") == 130
+    assert capsys.readouterr().err.splitlines() == ["evaluate_rouge.py: error: interrupted"]
+
+
+@pytest.mark.parametrize("ending", [">&-", "| true"])
+def test_a_closed_output(finished, tmp_path, ending):
+    """The report is written all the same; a letter that the terminal does not have is no reason to fail."""
+    folder = tmp_path / "ü"
+    shutil.copytree(finished["evaluate_rouge"], folder)
+    (folder / "report.html").unlink()
+    command = f"set -o pipefail; {sys.executable} evaluate_rouge.py --report_only --output_dir {folder} {ending}"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (folder / "report.html").is_file()
 
 
 def test_names_that_would_be_taken_for_others(tmp_path):
     for words, text in (
         (["--models", "a_vs_b=x"], "cannot hold '_vs_'"),
         (["--demo", "--models", "random=x"], "'random' is the name of"),
+        (["--models", "human summary=x"], "'human summary' cannot be a model's name"),
+        (["--models", "a  b=x"], "'a  b' cannot be a model's name"),
         (["--models", "a=x\udcff"], "holds what is no character"),
         (["--output_dir", "a\0b"], "holds what is no character"),
         (["--do_sample", "--temperature", "1e-320"], "--temperature must be at least 0.001"),

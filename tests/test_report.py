@@ -216,7 +216,7 @@ def test_report_only_writes_the_same_again(report, tmp_path):
         assert (folder / name).read_bytes() == (report / "out" / name).read_bytes()
     assert run.stdout.replace(str(folder), "") == (report / "printed.txt").read_text().replace(str(report / "out"), "")
     lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
-    for left in (lines[:-1], [], [line.replace('"model": "', '"system": "', 1) for line in lines]):
+    for left in (lines[:-1], [], lines[::-1], [line.replace('"model": "', '"system": "', 1) for line in lines]):
         (folder / "predictions.jsonl").write_text("".join(left))
         with pytest.raises(UserError, match="predictions.jsonl does not hold the texts of"):
             read_results(folder)

@@ -5,6 +5,7 @@ A value on the command line wins over `--config FILE.yaml`, which wins over `--d
 
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -270,8 +271,10 @@ def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     for item in fields(config_class):
         if item.metadata.get("action") == "extend" and getattr(given, item.name):
             setattr(values, item.name, getattr(given, item.name))  # and not those of the YAML too
-        elif item.type == list[str] and [word.partition("=")[0] for word in argv].count(f"--{item.name}") > 1:
-            raise UserError(f"--{item.name} is given twice: name all of them after one")
+    given_names = [word.partition("=")[0] for word in argv]
+    for name in ("config", *(item.name for item in fields(config_class) if item.type == list[str])):
+        if name != "predictions_file" and given_names.count(f"--{name}") > 1:
+            raise UserError(f"--{name} is given twice, and only the last would count")
     for name in names:
         check_text(name, getattr(values, name))
     return config_class(**{name: getattr(values, name) for name in names})
@@ -285,6 +288,8 @@ def check_text(name: str, value: Any):
 
 def check_model_name(name: str, setting: str, demo: bool):
     """UserError for a name that would be another's in the results."""
+    if name in ("dialogue", "human summary") or " ".join(name.split()) != name:
+        raise UserError(f"--{setting}: {name!r} cannot be a model's name: take a word of letters and digits")
     if "_vs_" in name:
         raise UserError(
             f"--{setting}: a model's name cannot hold '_vs_', as {name!r} does: it stands between two names"
@@ -310,7 +315,7 @@ def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value not in ("", "null", "~"):
-            words += [f"--{name}={value}"]
+            words += [f"--{name}={os.path.expanduser(value)}"]  # as a shell would
     return words
 
 

@@ -17,7 +17,7 @@ from utils.config import EvaluationConfig
 from utils.ctranslate import check_ctranslate2, load_translator, translate_batch
 from utils.data import describe_tokenizer, fingerprint, tokenize_prompts
 from utils.decoding import decode_batch
-from utils.modeling import check_folder, check_positions, load_model, load_tokenizer
+from utils.modeling import check_folder, check_sizes, load_model, load_tokenizer
 from utils.partial_texts import Summary, append_batch, hash_model, read_batches
 from utils.placement import check_device_map, place_model
 
@@ -71,7 +71,7 @@ def generate_summaries(
     kept: dict[str, list[Summary]],
 ) -> list[Summary]:
     """A summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
-    check_positions(model, config)
+    check_sizes(model, tokenizer, config)
     distinct = list(dict.fromkeys(dialogues))
     prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length)
     num_cut = sum(length > config.max_source_length for length in lengths)

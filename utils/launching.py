@@ -55,6 +55,12 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
         return stop.code or 0
     except UserError as error:
         return report_mistake(str(error))
+    except KeyboardInterrupt:  # before a training listens, or in an evaluation, whose finished batches are kept
+        report_mistake("interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read the tables has gone; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -85,6 +91,9 @@ def leave_process_group():
 
 def start_logging():
     """One line per event on stderr, from this project at INFO and from the libraries only if something is wrong."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may have been closed by >&-
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # rather than fail where the terminal has no such letter
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("utils").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     transformers.logging.set_verbosity_error()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
+from utils.checkpoint_files import find_checkpoints
 from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.files import raise_disk_errors, write_json
 from utils.hub import explain_hub_errors
@@ -71,8 +72,9 @@ def load_model(
             base = load_model(base_name, attn_implementation, dtype, base_setting, without_weights=without_weights)
             if without_weights:  # with the adapter merged into it, its shape is the same
                 return base
-            # Merging leaves the weights frozen.
-            return PeftModel.from_pretrained(base, name_or_path).merge_and_unload().requires_grad_(True)
+            adapted = PeftModel.from_pretrained(base, name_or_path)
+            check_adapter(adapted, Path(name_or_path) / "adapter_model.safetensors", setting)
+            return adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
         config = AutoConfig.from_pretrained(name_or_path)
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
@@ -88,10 +90,29 @@ def load_model(
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
+        if report["unexpected_keys"]:
+            unused = sorted(report["unexpected_keys"])
+            logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
         if is_deepspeed_zero3_enabled():
             untie_head(model, name_or_path, setting)
     share_embedding_module(model)
     return keep_untied_head(model)
+
+
+def check_adapter(model: PeftModel, path: Path, setting: str):
+    """UserError if the file's weights are not those of the adapter: PEFT leaves what is missing at its first value."""
+
+    def plain(names: Iterable[str]) -> set[str]:
+        return {re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name) for name in names}
+
+    if path.is_file():
+        with safe_open(path, framework="pt") as weights:
+            differing = plain(weights.keys()) ^ plain(get_peft_model_state_dict(model))
+        if differing:
+            raise UserError(
+                f"--{setting} {path.parent}: {path.name} and adapter_config.json differ in {len(differing)} weights, "
+                f"{min(differing)} and so on"
+            )
 
 
 def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):
@@ -119,8 +140,12 @@ def check_folder(name_or_path: str, setting: str, advice: str = ""):
         raise UserError(f"--{setting} {name_or_path}: no such folder{advice}")
 
 
-def check_positions(model: PreTrainedModel, config: TrainingConfig | EvaluationConfig):
-    """UserError if texts may be longer than the model can take; T5 takes any, BART as many as it has positions for."""
+def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig | EvaluationConfig):
+    """UserError if the tokenizer is another model's, or if texts may be longer than the model can take; T5 takes any,
+    BART as many as it has positions for."""
+    num_tokens, num_embeddings = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    if num_tokens > num_embeddings:
+        raise UserError(f"the tokenizer has {num_tokens} tokens and the model only {num_embeddings}: not a pair")
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     for name in ("max_source_length", "max_target_length", "max_new_tokens"):
         if getattr(config, name, 0) > positions:
@@ -197,7 +222,10 @@ def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Pr
     model = accelerator.unwrap_model(model)
     state_dict = gather_state_dict(accelerator, model)
     if accelerator.is_main_process:
-        advice = "; when it can, export it with --resume_from_checkpoint latest"
+        infinite = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+        if infinite:
+            raise UserError(f"{infinite[0]} is no longer finite: try a lower --learning_rate or --weight_decay")
+        advice = "; when it can, export it with --resume_from_checkpoint latest" * bool(find_checkpoints(folder))
         write_model(accelerator, model, tokenizer, state_dict, Path(folder), "output_dir", advice)
 
 

@@ -82,7 +82,7 @@ def choose_rows(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(a row for each dialogue, what is wrong); the rows are complete only if nothing is wrong."""
     index_of = {row_id: index for index, dialogue in enumerate(dialogues) for row_id in dialogue["ids"]}
-    chosen, seen, unknown, doubled, differing = {}, set(), [], [], []
+    chosen, seen, unknown, doubled, differing, moved = {}, set(), [], [], [], []
     for row in rows:
         row_id = str(row["id"])
         named = f"{row_id!r} in row {row['number']}"
@@ -90,12 +90,14 @@ def choose_rows(
             unknown.append(named)
         elif row_id in seen:
             doubled.append(named)
+        elif row_id in index_of and row.get("dialogue", (of := dialogues[index_of[row_id]]["dialogue"])) != of:
+            moved.append(named)
         elif row_id in index_of and chosen.setdefault(index_of[row_id], row)["prediction"] != row["prediction"]:
             differing.append(named)
         seen.add(row_id)
     missing = [repr(dialogue["id"]) for index, dialogue in enumerate(dialogues) if index not in chosen]
     kinds = {
-        "missing": missing, "unknown": unknown, "doubled": doubled,
+        "missing": missing, "unknown": unknown, "doubled": doubled, "of another dialogue than the data's": moved,
         "with another text than another row of the same dialogue": differing,
     }  # fmt: skip
     wrong = [f"{len(ids)} {kind}: {list_ids(ids)}" for kind, ids in kinds.items() if ids]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from utils.config import EvaluationConfig, UserError
 from utils.data import parse_json, read_file
-from utils.files import write_file
+from utils.files import describe_file, write_file
 from utils.html_report import build_page
 from utils.tables import Table, build_tables
 
@@ -54,10 +53,9 @@ def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         raise UserError(f"--report_only: there is no {path}; evaluate first, without it")
     results = parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
     lines = [line for _, line in read_file(output_dir / "predictions.jsonl")]
-    if not isinstance(results, dict) or "conclusions" not in results:
+    if not isinstance(results, dict) or "predictions_sha256" not in results:
         raise UserError(f"--report_only: {path} is from an earlier version; evaluate again")
-    of_models = Counter(line.get("model") for line in lines if isinstance(line, dict) and "scores" in line)
-    if of_models != dict.fromkeys(results["models"], results["num_dialogues"]):
+    if describe_file(output_dir / "predictions.jsonl")["sha256"] != results["predictions_sha256"]:
         raise UserError(f"--report_only: predictions.jsonl does not hold the texts of {path}; evaluate again")
     return results, lines
 

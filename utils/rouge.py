@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import re
+import tempfile
 
 import datasets
 import evaluate
@@ -96,10 +97,11 @@ def score_texts(
     name: str | None = None,
 ) -> dict[str, list[list[float]]]:
     """`scores[metric][dialogue][reference]`, F1 between 0 and 1; with a name, progress is shown."""
-    metric = Rouge(keep_in_memory=True)
-    return metric.compute(
-        predictions=predictions, references=references, use_stemmer=use_stemmer, newline=newline, name=name
-    )
+    with tempfile.TemporaryDirectory() as cache_dir:  # which it makes though it keeps all in memory
+        metric = Rouge(cache_dir=cache_dir, keep_in_memory=True)
+        return metric.compute(
+            predictions=predictions, references=references, use_stemmer=use_stemmer, newline=newline, name=name
+        )
 
 
 def sum_by_dialogue(scores: list[list[float]], protocol: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 """From each model's texts to predictions.jsonl and results.json, which hold all that a report shows."""
 
 import dataclasses
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ from accelerate import PartialState
 from utils.config import EvaluationConfig
 from utils.cost import read_training
 from utils.diagnostics import describe_texts
-from utils.files import write_json, write_jsonl
+from utils.files import describe_file, write_json, write_jsonl
 from utils.rouge import compare_models, score_texts
 from utils.tables import describe_differences, pair_comparisons
 from utils.tracking import describe_software
+
+logger = logging.getLogger(__name__)
 
 
 def write_results(
@@ -33,8 +37,10 @@ def write_results(
         for name in predictions
         for index, dialogue in enumerate(dialogues)
     ]
-    write_jsonl(Path(config.output_dir) / "predictions.jsonl", lines)
     models, comparisons = compare_models(scores, config.seed)
+    num_unseen = sum(not re.search("[a-z0-9]", text.lower()) for texts in references for text in texts)
+    if num_unseen:
+        logger.warning("%d references have no letter a to z and no digit: nothing else counts in ROUGE", num_unseen)
     sources = [dialogue["dialogue"] for dialogue in dialogues]
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
     for name, texts in predictions.items():
@@ -55,6 +61,9 @@ def write_results(
         **describe_software(),
     }
     results["conclusions"] = describe_differences(pair_comparisons(results), len(dialogues))
+    write_jsonl(Path(config.output_dir) / "predictions.jsonl", lines)
+    # A kill in between leaves texts and scores that are not of each other, as a report will notice.
+    results["predictions_sha256"] = describe_file(Path(config.output_dir) / "predictions.jsonl")["sha256"]
     write_json(Path(config.output_dir) / "results.json", results)
 
 

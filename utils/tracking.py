@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -15,10 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from utils.checkpoint_files import find_checkpoints
+from utils.checkpoint_files import UNFINISHED, find_checkpoints
 from utils.config import REPOSITORY, TrainingConfig, UserError
 from utils.files import append_line, write_json
-from utils.modeling import CONFIG_FILES
 from utils.strategies import name_strategy
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,12 @@ RUN_FILES = (
     "config.json", "generation_config.json", "adapter_config.json",
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
     "predictions.jsonl", "results.json", "report.html", "report.md",
 )  # fmt: skip
-KEPT = ("last_good_model", "predictions.jsonl", "results.json")  # which only --overwrite_output_dir removes
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
+# What a run that ended before its first checkpoint leaves; nothing is lost with it.
+BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", "export.unchecked", "tracker", "checkpoints"}
 FEW_STEPS = 20
 unwritten = []  # lines of metrics.jsonl that the disk has not taken yet
 
@@ -46,16 +48,20 @@ def check_output_dir(config: Any):
     if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
     held = find_run_files(folder)
-    base = Path(model).resolve()
-    if model and any(path.resolve() in base.parents or path.resolve() == base for path in held):
-        raise UserError(
-            f"--model_name_or_path {model} lies in what --output_dir {folder} replaces: take another folder"
-        )
+    for setting in ("model_name_or_path", "train_file", "validation_file", "test_file", "predictions_file"):
+        value = getattr(config, setting, None) or ()
+        for name in [value] if isinstance(value, str) else value:
+            read = Path(name.rpartition("=")[2] if setting == "predictions_file" else name).resolve()
+            if any(path.resolve() in (read, *read.parents) for path in held):
+                raise UserError(f"--{setting} {name} lies in what --output_dir {folder} replaces: take another folder")
     if held and not config.overwrite_output_dir and not goes_on(config, held):
         ways = "take another, or --overwrite_output_dir"
         if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
             ways = f"go on with --resume_from_checkpoint latest, {ways}"
         raise UserError(f"--output_dir {folder} holds a run already ({held[0].name}): {ways}")
+    links = [path.name for path in held if path.is_symlink() and path.is_dir()]
+    if links and (config.overwrite_output_dir or not find_checkpoints(folder)):
+        raise UserError(f"--output_dir {folder}: {links[0]} in it is a link: remove it, or take another folder")
     checkpoint = getattr(config, "resume_from_checkpoint", None)
     if checkpoint and checkpoint != "latest" and folder.resolve() in Path(checkpoint).absolute().parents:
         if not is_in(Path(checkpoint), config.output_dir):
@@ -67,7 +73,8 @@ def check_output_dir(config: Any):
 
 def check_path(folder: Path, setting: str):
     try:
-        folder.exists()
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"--{setting} {folder}: a link to what is not there")
     except OSError as error:  # a name too long
         raise UserError(f"--{setting} {folder}: {error.strerror}") from error
 
@@ -76,9 +83,10 @@ def goes_on(config: Any, held: list[Path]) -> bool:
     """Whether the run that output_dir holds is the one to resume."""
     checkpoint = getattr(config, "resume_from_checkpoint", None)
     if checkpoint == "latest":
-        # Stopped before its first checkpoint, it begins again: nothing is lost with it, unless there is a model.
-        models = [path for path in held if path.name in (*CONFIG_FILES, *KEPT)]
-        return bool(find_checkpoints(config.output_dir)) or not models
+        names, begun = {path.name for path in held}, Path(config.output_dir, "checkpoints").glob("*")
+        is_new = "run_manifest.json" in names and names <= BEFORE_A_CHECKPOINT
+        is_new = is_new and all(re.fullmatch(rf"best_step_\d+|.*{UNFINISHED}", path.name) for path in begun)
+        return bool(find_checkpoints(config.output_dir)) or is_new
     return checkpoint is not None and is_in(Path(checkpoint), config.output_dir)
 
 

@@ -104,6 +104,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     inputs = (str(Path(arguments.model).resolve()), str(Path(arguments.test_file).resolve()))
     results = summarize([take_turn(*inputs, arguments.threads) for _ in range(arguments.repeats)])
     for name, figures in results.items():
