@@ -102,12 +102,12 @@ def load_model(
 def check_adapter(model: PeftModel, path: Path, setting: str):
     """UserError if the file's weights are not those of the adapter: PEFT leaves what is missing at its first value."""
 
-    def plain(names: Iterable[str]) -> set[str]:
-        return {re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name) for name in names}
+    def choose(names: Iterable[str]) -> set[str]:
+        return {re.sub(r"(magnitude_vector)\.weight$", r"\1", name) for name in names if ".lora_" in name}
 
     if path.is_file():
         with safe_open(path, framework="pt") as weights:
-            differing = plain(weights.keys()) ^ plain(get_peft_model_state_dict(model))
+            differing = choose(weights.keys()) ^ choose(get_peft_model_state_dict(model, save_embedding_layers=False))
         if differing:
             raise UserError(
                 f"--{setting} {path.parent}: {path.name} and adapter_config.json differ in {len(differing)} weights, "
