@@ -444,6 +444,7 @@ def test_yaml_that_is_a_folder(refuse, here, script):
     ("content", "expected"),
     [
         ("seed: many\n", "argument --seed: invalid int value: 'many'"),
+        ("seed: {a: 1}\n", "argument --seed: invalid int value: \"{'a': '1'}\""),
         ("max_source_length: 0\n", "--max_source_length must be positive, got 0"),
     ],
 )

@@ -315,7 +315,7 @@ def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value not in ("", "null", "~"):
-            words += [f"--{name}={os.path.expanduser(value)}"]  # as a shell would
+            words += [f"--{name}={os.path.expanduser(str(value))}"]  # as a shell would
     return words
 
 

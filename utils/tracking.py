@@ -117,6 +117,7 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
     if checkpoint is None or not is_in(checkpoint, config.output_dir):
         clear_output_dir(accelerator, config)
     settings = dataclasses.asdict(config)
+    unwritten.clear()
     if accelerator.is_main_process:
         manifest = {
             **run,
