@@ -16,12 +16,12 @@ from utils.config import EvaluationConfig
 from utils.data import fingerprint, group_by_dialogue, load_rows
 from utils.generation import summarize_with_models
 from utils.launching import run_script, start_whole_models
+from utils.output_dir import check_output_dir
 from utils.partial_texts import remove_batches
 from utils.predictions import load_predictions
 from utils.prompting import build_prompt
 from utils.report import show_report
 from utils.scoring import write_results
-from utils.tracking import check_output_dir
 
 
 def main(config: EvaluationConfig):

@@ -9,16 +9,19 @@ python train_full.py --help                                       # every settin
 
 import torch
 
-from utils.checkpointing import Checkpointer, describe_run
+from utils.checkpointing import Checkpointer
 from utils.config import TrainingConfig
 from utils.data import fingerprint, load_rows, tokenize_rows
+from utils.export import export_model
 from utils.launching import run_script, start_accelerator
-from utils.modeling import check_sizes, count_parameters, export_model, load_model, load_tokenizer
+from utils.modeling import check_sizes, count_parameters, load_model, load_tokenizer
 from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.output_dir import check_output_dir
 from utils.preflight import report_preflight
 from utils.prompting import build_prompt
 from utils.report import plot_loss_curve
-from utils.tracking import check_output_dir, start_run
+from utils.run_identity import describe_run
+from utils.tracking import start_run
 from utils.training import train
 
 

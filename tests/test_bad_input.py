@@ -27,13 +27,14 @@ import evaluate_rouge
 import train_full
 import train_lora
 from utils import launching
-from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError, parse_config
+from utils.command_line import parse_config
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.data import load_rows
 from utils.launching import run_script
 from utils.lora import check_merge_dir
+from utils.output_dir import check_output_dir
 from utils.prompting import PROMPT_SUFFIX
 from utils.rouge import METRICS, score_texts
-from utils.tracking import check_output_dir
 
 SCRIPTS = {
     "train_full": (train_full.main, TrainingConfig),

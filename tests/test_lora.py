@@ -20,11 +20,11 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 import train_lora
 import utils.lora
-from utils.checkpointing import fingerprint_model
 from utils.config import LoraTrainingConfig, UserError
 from utils.lora import add_lora, check_4bit
 from utils.modeling import count_parameters, load_model
 from utils.optimization import build_lr_scheduler, build_optimizer
+from utils.run_identity import fingerprint_model
 
 VARIANTS = {
     "rslora": {"use_rslora": True},

@@ -10,7 +10,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_rows, write_rows
 
-from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, parse_config
+from utils.command_line import parse_config
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
 
 RUN_ELSEWHERE = {
     ".ci/run": ["pip install -r requirements-dev.txt && pytest"],

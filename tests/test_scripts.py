@@ -23,8 +23,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import train_lora
 from utils import launching
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
+from utils.output_dir import RUN_FILES, RUN_FOLDERS
 from utils.prompting import build_prompt
-from utils.tracking import RUN_FILES, RUN_FOLDERS
 
 CONFIGS = {
     "train_full.py": TrainingConfig,
@@ -57,7 +57,7 @@ def test_the_training_scripts_differ_by_what_they_build():
     assert [line[2:] for line in difference if line[0] == "-"] == [
         "import torch",
         "from utils.config import TrainingConfig",
-        "from utils.modeling import check_positions, count_parameters, export_model, load_model, load_tokenizer",
+        "from utils.modeling import check_sizes, count_parameters, load_model, load_tokenizer",
         "def main(config: TrainingConfig):",
         "    model = load_model(",
         "        config.model_name_or_path, config.attn_implementation, torch.float32, "
@@ -68,7 +68,7 @@ def test_the_training_scripts_differ_by_what_they_build():
     assert [line[2:] for line in difference if line[0] == "+"] == [
         "from utils.config import LoraTrainingConfig",
         "from utils.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter",
-        "from utils.modeling import check_positions, count_parameters, export_model, load_tokenizer",
+        "from utils.modeling import check_sizes, count_parameters, load_tokenizer",
         "def main(config: LoraTrainingConfig):",
         "    check_merge_dir(config)",
         "    model = add_lora(load_frozen_base(accelerator, config), config)",
@@ -146,6 +146,10 @@ def test_every_pattern_of_a_runs_files_matches_one():
         "tokenizer.model",
         "special_tokens_map.json",
         "spiece.model",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
     ]
     assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
 

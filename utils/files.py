@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-
-from utils.config import UserError
 
 logger = logging.getLogger(__name__)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
@@ -64,24 +61,6 @@ def raise_disk_errors(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def lock_folder(folder: Path, setting: str) -> int:
-    """Make the folder, and keep others who lock it out until the descriptor that comes back is closed, as it is when
-    the process ends, however it ends. UserError if it is locked. A file system without such locks, as NFS, keeps
-    nobody out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"--{setting} {folder}: another run writes to it; wait for its end, or take another"
-        ) from error
-    except OSError:
-        pass
-    return descriptor
 
 
 def describe_file(path: Path) -> dict[str, Any]:

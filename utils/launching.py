@@ -19,7 +19,8 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.config import TrainingConfig, UserError, parse_config
+from utils.command_line import parse_config
+from utils.config import TrainingConfig, UserError
 from utils.files import DISK_ERRORS
 from utils.launcher import check_launcher
 from utils.stopping import EXIT_STOPPED, listen

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 from pathlib import Path
 
 import datasets
@@ -13,9 +12,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from utils.batching import collate
 from utils.config import LoraTrainingConfig, UserError
-from utils.modeling import load_model, write_model
+from utils.export import write_model
+from utils.modeling import load_model
+from utils.output_dir import check_path, check_writable, find_run_files
 from utils.strategies import is_sharded, whole_models
-from utils.tracking import check_path, find_run_files
 
 logger = logging.getLogger(__name__)
 NUM_COMPARED = 4  # training examples that the merged model must agree on
@@ -95,9 +95,7 @@ def check_merge_dir(config: LoraTrainingConfig):
             f"--merge_into {folder} holds a run or a model already ({held[0].name}): take another, or "
             "--overwrite_output_dir"
         )
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--merge_into {folder}: cannot write to {parent}")
+    check_writable(folder, "merge_into")
 
 
 def merge_adapter(

@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.batching import measure_lengths, plan_pass, plan_steps
 from utils.checkpoint_files import choose_checkpoint
-from utils.checkpointing import identity_settings
 from utils.config import TrainingConfig, UserError
 from utils.memory_estimate import MicroBatch, count_bytes, estimate_memory
 from utils.modeling import count_parameters
+from utils.output_dir import find_existing, find_run_files
+from utils.run_identity import identity_settings
 from utils.shapes import is_at_hand
 from utils.strategies import name_strategy
-from utils.tracking import find_run_files
 
 NUM_STEPS_PLANNED = 50
 
@@ -205,8 +205,7 @@ def describe_disk(
     needed = (3 * num_checkpoints + num_best + 1) * trained
     folder = Path(config.output_dir)
     held = [path for found in find_run_files(folder) for path in (found, *found.rglob("*")) if path.is_file()]
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in held)
+    free = shutil.disk_usage(find_existing(folder)).free + sum(path.stat().st_size for path in held)
     line = (
         f"disk        {format_bytes(needed)}: checkpoints {num_checkpoints}, best models {num_best}, the export; "
         f"{format_bytes(free)} free"

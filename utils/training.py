@@ -20,10 +20,11 @@ from utils.batching import gradient_accumulation_steps, measure_lengths, plan_st
 from utils.checkpointing import Checkpointer
 from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.decoding import decode_batch
+from utils.export import export_model
 from utils.generation import generate_texts
 from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
 from utils.memory import compute_gradient_in_memory, find_batch_size
-from utils.modeling import check_head, count_flops_per_token, export_model
+from utils.modeling import check_head, count_flops_per_token
 from utils.optimization import num_train_steps
 from utils.rouge import score_texts
 from utils.stopping import StopRequest

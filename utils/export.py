@@ -1,0 +1,118 @@
+"""Write what was trained, whole or not at all, and compare what anybody would load with it."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.checkpoint_files import find_checkpoints
+from utils.config import UserError
+from utils.files import raise_disk_errors, write_json
+from utils.modeling import keep_untied_head
+from utils.strategies import gather_tensor, whole_models
+
+logger = logging.getLogger(__name__)
+CONFIG_FILES = ("config.json", "adapter_config.json")
+
+
+def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
+    """Write the full model, or the adapter alone, and the tokenizer into `folder`; every process must call it."""
+    model = accelerator.unwrap_model(model)
+    state_dict = gather_state_dict(accelerator, model)
+    if accelerator.is_main_process:
+        infinite = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+        if infinite:
+            raise UserError(f"{infinite[0]} is no longer finite: try a lower --learning_rate or --weight_decay")
+        advice = "; when it can, export it with --resume_from_checkpoint latest" * bool(find_checkpoints(folder))
+        write_model(accelerator, model, tokenizer, state_dict, Path(folder), "output_dir", advice)
+
+
+def write_model(
+    accelerator: Accelerator,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, torch.Tensor],
+    folder: Path,
+    setting: str,
+    advice: str = "",
+    obsolete: Iterable[Path] = (),
+):
+    """Whole or not at all: the files are first written beside, loaded as anybody would load them and compared with
+    `state_dict`; only then what is `obsolete` goes. For one process alone."""
+    if not isinstance(model, PeftModel):
+        keep_untied_head(model)
+    unchecked = folder / "export.unchecked"
+    shutil.rmtree(unchecked, ignore_errors=True)
+    try:
+        with raise_disk_errors(unchecked):
+            model.save_pretrained(unchecked, state_dict=state_dict)
+            if isinstance(model, PeftModel):
+                rename_magnitudes(unchecked / "adapter_model.safetensors")
+        save_tokenizer(tokenizer, unchecked)
+        for path in unchecked.glob("*.safetensors"):
+            shutil.copymode(unchecked / "tokenizer_config.json", path)  # safetensors lets nobody else read them
+    except OSError as error:
+        shutil.rmtree(unchecked, ignore_errors=True)
+        raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
+    (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if getattr(model, "is_loaded_in_4bit", False):  # others than those who trained it take the base as it is
+        state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name}
+    with whole_models(accelerator):
+        compare_with_folder(state_dict, unchecked)
+    for path in obsolete:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # The config last: a folder without it does not pass for a finished model.
+    for path in sorted(unchecked.iterdir(), key=lambda path: path.name in CONFIG_FILES):
+        path.replace(folder / path.name)
+    unchecked.rmdir()
+    logger.info("saved %s, reloaded and found equal to what was trained", folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):
+    """In words that transformers 4 reads as well: it knows no TokenizersBackend, and T5's tokens by their old name."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
+
+
+def rename_magnitudes(path: Path):
+    """Give DoRA's vectors in an adapter's file the names that PEFT and all versions of transformers read. By those
+    that PEFT writes, without `.weight`, transformers 5.23 does not find them, and takes the base's instead."""
+    tensors = load_file(path)
+    if any(name.endswith("lora_magnitude_vector") for name in tensors):
+        renamed = {re.sub("lora_magnitude_vector$", r"\g<0>.weight", name): tensors[name] for name in tensors}
+        save_file(renamed, path, metadata={"format": "pt"})
+
+
+def gather_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict on the main process; every process must call it. Tensors that are one stay one."""
+    gathered, state_dict = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            whole = gather_tensor(tensor)
+            gathered[id(tensor)] = whole.cpu() if accelerator.is_main_process else None
+        state_dict[name] = gathered[id(tensor)]
+    return state_dict
+
+
+def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
+    """RuntimeError unless stock transformers reads from `folder` the very tensors of `state_dict`."""
+    saved = AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict()
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("base_model.model.")  # PEFT's wrapper
+        # A frozen base may be kept in bf16 while its checkpoint is fp32.
+        if name not in saved or not torch.equal(saved[name].to(tensor.dtype), tensor):
+            raise RuntimeError(f"{folder} does not load as it was trained: {name} differs")

@@ -1,0 +1,125 @@
+"""A run's folder: what earlier runs have left in it, who may write to it, and what is replaced."""
+
+import fcntl
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from utils.checkpoint_files import UNFINISHED, find_checkpoints
+from utils.config import UserError
+
+RUN_FILES = (
+    "metrics.jsonl", "run_manifest.json", "loss_curve.png",
+    "config.json", "generation_config.json", "adapter_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "predictions.jsonl", "results.json", "report.html", "report.md",
+)  # fmt: skip
+RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
+# What a run that ended before its first checkpoint leaves; nothing is lost with it.
+BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", "export.unchecked", "tracker", "checkpoints"}
+
+
+def check_output_dir(config: Any):
+    """UserError if output_dir holds a run and may not be overwritten, or cannot be written. Writes nothing."""
+    folder = Path(config.output_dir)
+    if not config.output_dir:
+        raise UserError("--output_dir is empty")
+    check_path(folder, "output_dir")
+    model = getattr(config, "model_name_or_path", "")
+    if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
+    held = find_run_files(folder)
+    for setting in ("model_name_or_path", "train_file", "validation_file", "test_file", "predictions_file"):
+        value = getattr(config, setting, None) or ()
+        for name in [value] if isinstance(value, str) else value:
+            read = Path(name.rpartition("=")[2] if setting == "predictions_file" else name).resolve()
+            if any(path.resolve() in (read, *read.parents) for path in held):
+                raise UserError(f"--{setting} {name} lies in what --output_dir {folder} replaces: take another folder")
+    if held and not config.overwrite_output_dir and not goes_on(config, held):
+        ways = "take another, or --overwrite_output_dir"
+        if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
+            ways = f"go on with --resume_from_checkpoint latest, {ways}"
+        raise UserError(f"--output_dir {folder} holds a run already ({held[0].name}): {ways}")
+    links = [path.name for path in held if path.is_symlink() and path.is_dir()]
+    if links and (config.overwrite_output_dir or not find_checkpoints(folder)):
+        raise UserError(f"--output_dir {folder}: {links[0]} in it is a link: remove it, or take another folder")
+    checkpoint = getattr(config, "resume_from_checkpoint", None)
+    if checkpoint and checkpoint != "latest" and folder.resolve() in Path(checkpoint).absolute().parents:
+        if not is_in(Path(checkpoint), config.output_dir):
+            raise UserError(f"--resume_from_checkpoint {checkpoint}: checkpoints are in {folder / 'checkpoints'}")
+    check_writable(folder, "output_dir")
+
+
+def check_path(folder: Path, setting: str):
+    try:
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"--{setting} {folder}: a link to what is not there")
+    except OSError as error:  # a name too long
+        raise UserError(f"--{setting} {folder}: {error.strerror}") from error
+
+
+def check_writable(folder: Path, setting: str):
+    parent = find_existing(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--{setting} {folder}: cannot write to {parent}")
+
+
+def find_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there already."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def goes_on(config: Any, held: list[Path]) -> bool:
+    """Whether the run that output_dir holds is the one to resume."""
+    checkpoint = getattr(config, "resume_from_checkpoint", None)
+    if checkpoint == "latest":
+        names, begun = {path.name for path in held}, Path(config.output_dir, "checkpoints").glob("*")
+        is_new = "run_manifest.json" in names and names <= BEFORE_A_CHECKPOINT
+        is_new = is_new and all(re.fullmatch(rf"best_step_\d+|.*{UNFINISHED}", path.name) for path in begun)
+        return bool(find_checkpoints(config.output_dir)) or is_new
+    return checkpoint is not None and is_in(Path(checkpoint), config.output_dir)
+
+
+def is_in(checkpoint: Path, output_dir: str) -> bool:
+    return checkpoint.absolute().parent.parent.resolve() == Path(output_dir).resolve()  # itself it may be a link
+
+
+def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:
+    """What an earlier run left in the folder; other people's files are not among it."""
+    found = [(path, pattern in RUN_FOLDERS) for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path, is_folder in found if path.is_dir() == is_folder]
+
+
+def clear_output_dir(accelerator: Accelerator, config: Any):
+    """Make output_dir, without what an earlier run left in it. To be called once all that can be wrong is checked."""
+    accelerator.wait_for_everyone()  # so that no process still looks for an earlier run
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in find_run_files(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    accelerator.wait_for_everyone()
+
+
+def lock_folder(folder: Path, setting: str) -> int:
+    """Make the folder, and keep others who lock it out until the descriptor that comes back is closed, as it is when
+    the process ends, however it ends. UserError if it is locked. A file system without such locks, as NFS, keeps
+    nobody out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"--{setting} {folder}: another run writes to it; wait for its end, or take another"
+        ) from error
+    except OSError:
+        pass
+    return descriptor
