@@ -28,9 +28,6 @@ def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Pr
     model = accelerator.unwrap_model(model)
     state_dict = gather_state_dict(accelerator, model)
     if accelerator.is_main_process:
-        infinite = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
-        if infinite:
-            raise UserError(f"{infinite[0]} is no longer finite: try a lower --learning_rate or --weight_decay")
         advice = "; when it can, export it with --resume_from_checkpoint latest" * bool(find_checkpoints(folder))
         write_model(accelerator, model, tokenizer, state_dict, Path(folder), "output_dir", advice)
 
