@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import os
@@ -69,6 +70,7 @@ def paths(flan_t5, data_files) -> dict[str, str]:
 def train(kind: str, paths: dict[str, str], output_dir: Path, **settings) -> int:
     """The script's exit code."""
     script, config_class = SCRIPTS[kind]
+    gc.collect()  # of a run that ended with an error, whose lock is held by the error's traceback
     AcceleratorState._reset_state(True)
     try:
         script.main(config_class(output_dir=str(output_dir), **(SETTINGS | paths | settings)))

@@ -84,8 +84,7 @@ def load_model(
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
-        if report["unexpected_keys"]:
-            unused = sorted(report["unexpected_keys"])
+        if unused := sorted(report.get("unexpected_keys", ())):  # unknown without the weights
             logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
         if is_deepspeed_zero3_enabled():
             untie_head(model, name_or_path, setting)
