@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.nn.functional import cross_entropy
 
 from utils.batching import collate, measure_lengths, plan_pass
 from utils.config import TrainingConfig
 from utils.stopping import StopRequest
-from utils.strategies import accumulate, backward
+from utils.strategies import accumulate, backward, evaluating
 
 NUM_BATCHES_AHEAD = 32
 
@@ -45,12 +46,29 @@ def load_batches(
             yield batch | {"indices": indices}
 
 
-def sum_target_losses(
+def compute_training_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies, in nats, over a micro-batch's target tokens. A mean would weigh the tokens of a
+    micro-batch with few of them more than others.
+
+    This is what is trained on. Validation has a loss of its own, so that a change here, such as label smoothing, does
+    not change what the best model is chosen by.
+
+    Args:
+        logits: (target tokens, vocabulary), fp32. targets: (target tokens,).
+    """
+    return cross_entropy(logits, targets, reduction="sum")
+
+
+def compute_validation_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies, in nats, over a micro-batch's target tokens; arguments as above."""
+    return cross_entropy(logits, targets, reduction="sum")
+
+
+def compute_target_logits(
     accelerator: Accelerator, model: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Sum of the cross-entropies, in nats, over the micro-batch's target tokens. A mean would weigh the tokens of a
-    micro-batch with few of them more than others."""
-    positions, targets = batch["target_positions"], batch["targets"]
+    """(target tokens, vocabulary), fp32: the logits of the micro-batch's target tokens, without those of padding."""
+    positions = batch["target_positions"]
 
     def select_targets(head: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (arguments[0].flatten(0, 1).index_select(0, positions),)
@@ -66,13 +84,11 @@ def sum_target_losses(
         inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
     try:
         with accelerator.autocast():  # which Accelerate puts around the forward of all models but FSDP2's
-            logits = model(**inputs, use_cache=False).logits  # (target tokens, vocabulary)
+            return model(**inputs, use_cache=False).logits.float()
     finally:
         hook.remove()
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-@torch.no_grad()
 def evaluate_loss(
     accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig, stop: StopRequest
 ) -> dict[str, float] | None:
@@ -81,13 +97,13 @@ def evaluate_loss(
     lengths = measure_lengths(data)
     plan = plan_pass(lengths, config.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes)
     examples, loss_sums = [], []
-    model.eval()
-    for number, batch in enumerate(load_batches(accelerator, model, data, plan)):
-        if number % 8 == 0 and stop.asked():  # asking waits for the device
-            break
-        examples.append(batch["indices"])
-        loss_sums.append(sum_target_losses(accelerator, model, batch))
-    model.train()
+    with evaluating(model):
+        for number, batch in enumerate(load_batches(accelerator, model, data, plan)):
+            if number % 8 == 0 and stop.asked():  # asking waits for the device
+                break
+            examples.append(batch["indices"])
+            loss = compute_validation_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+            loss_sums.append(loss)
     if stop.agreed:
         return None
     num_target_tokens = int(lengths[:, 1].sum())
@@ -128,7 +144,8 @@ def compute_gradient(
         for turn, batch in enumerate(micro_batches, start=1):
             last = turn == len(micro_batches)
             with accumulate(accelerator, model, last and not synchronise_after):
-                loss_sum = sum_target_losses(accelerator, model, batch)
+                # The logits get no name: they would live on while the backward pass needs the memory.
+                loss_sum = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
                 # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
                 backward(accelerator, model, loss_sum * (accelerator.num_processes / num_target_tokens))
             loss_sums.append(loss_sum.detach())

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from utils.batching import collate
 from utils.config import TrainingConfig, UserError
-from utils.loss import compute_gradient, sum_target_losses
+from utils.loss import compute_gradient, compute_target_logits, compute_training_loss
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def fits_device(accelerator: Accelerator, model: torch.nn.Module, examples: dict
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         batch["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
         with accelerator.no_sync(model):
-            accelerator.backward(sum_target_losses(accelerator, model, batch))
+            loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+            accelerator.backward(loss)
         return True
     except torch.OutOfMemoryError:
         return False

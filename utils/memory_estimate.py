@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from utils.config import TrainingConfig
-from utils.loss import sum_target_losses
+from utils.loss import compute_target_logits, compute_training_loss
 from utils.strategies import is_deepspeed, is_sharded, name_strategy
 
 # What is held between two updates; of other strategies all but the gradients.
@@ -115,7 +115,7 @@ def measure_micro_batch(
         hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
     num_logits = num_targets * model.get_output_embeddings().weight.shape[0]
     with LiveBytes(model.parameters(), num_logits) as live, torch.set_grad_enabled(keep_gradients is not None):
-        loss = sum_target_losses(accelerator, model, batch)
+        loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
         if keep_gradients is not None:
             loss.backward()
     for hook in hooks:

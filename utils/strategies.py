@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
+from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -26,6 +27,7 @@ from transformers.integrations.deepspeed import (
 from utils.config import TrainingConfig, UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NORM_PIECE = 2**14  # elements
 # DeepSpeed's own are for models of many billions of parameters: 2 GB of fp32 a bucket, and 4 GB of weights that ZeRO-3
 # keeps whole. In numbers of parameters.
 BUCKETS = {
@@ -148,6 +150,19 @@ def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tenso
         accelerator.backward(loss)
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Around forward passes without a backward pass: evaluation mode, no gradients."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+    if hasattr(model, "empty_partition_cache"):
+        # ZeRO-3 fetches weights ahead, which only a backward pass releases. Left in flight, they cannot be gathered
+        # for a checkpoint or the export: "Cannot partition a param in flight" (DeepSpeed's issue 3068).
+        model.empty_partition_cache()
+
+
 def update(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> float:
@@ -158,10 +173,28 @@ def update(
     if is_deepspeed(accelerator):
         model.step()  # which clips
         return math.inf if model.optimizer.overflow else float(model.get_global_grad_norm())
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    grad_norm = clip_gradient(accelerator, model, max_grad_norm)
     if math.isfinite(grad_norm):
         optimizer.step()
     optimizer.zero_grad()
+    return grad_norm
+
+
+def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
+    """Scale the gradient to an L2 norm of at most max_grad_norm; returns its norm before that."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    pieces = gradients
+    if accelerator.device.type == "cpu":
+        # A CPU adds up a tensor's squares in fp32 one after another: of 25 million, 0.14 % are lost. A GPU adds in a
+        # tree.
+        pieces = [piece for gradient in gradients for piece in gradient.flatten().split(NORM_PIECE)]
+    norm = get_total_norm(pieces)
+    if accelerator.distributed_type == DistributedType.FSDP:  # each process has its shards' norm
+        norm = accelerator.reduce(norm.square(), "sum").sqrt()
+    grad_norm = float(norm)
+    if grad_norm > max_grad_norm:
+        torch._foreach_mul_(gradients, max_grad_norm / grad_norm)
     return grad_norm
 
 

@@ -28,7 +28,7 @@ from utils.modeling import check_head, count_flops_per_token
 from utils.optimization import num_train_steps
 from utils.rouge import score_texts
 from utils.stopping import StopRequest
-from utils.strategies import update
+from utils.strategies import evaluating, update
 from utils.tracking import finish_trackers, log_metrics, measure_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -186,13 +186,12 @@ def score_sample(
 ) -> dict[str, float]:
     """The ROUGE of metric_for_best_model, of greedy summaries of the first 64 validation rows, each row alike."""
     sample = data[:64]
-    model.eval()
     settings = EvaluationConfig(
         max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.per_device_eval_batch_size
     )
     decode = functools.partial(decode_batch, accelerator.unwrap_model(model), config=settings)
-    summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], settings)
-    model.train()
+    with evaluating(model):
+        summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], settings)
     references = [[text] for text in tokenizer.batch_decode(sample["labels"], skip_special_tokens=True)]
     scores = score_texts([summary.text for summary in summaries], references, use_stemmer=False)[
         config.metric_for_best_model
