@@ -62,6 +62,8 @@ def main(config: LoraTrainingConfig):
     train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config, checkpointer)
     export_model(accelerator, model, tokenizer, config.output_dir)
     if config.merge_into:
+        # The merge loads base and adapter anew: the trained ones need not be in memory beside them.
+        model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
         merge_adapter(accelerator, tokenizer, train_data, config)
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)

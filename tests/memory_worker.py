@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_full
 import utils.memory
+import utils.strategies
 import utils.training
 from utils.config import TrainingConfig
 from utils.launching import leave_process_group
@@ -54,6 +55,7 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
         met["num_turns"].append(len(micro_batches))
         return compute_gradient(accelerator, model, micro_batches, *arguments, **options)
 
+    utils.strategies.check_auto = lambda accelerator, config: None  # the CPU stands for a GPU
     T5ForConditionalGeneration.forward = limited_forward
     utils.training.find_batch_size = watched_find_batch_size
     utils.memory.compute_gradient = watched_compute_gradient

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, read_jsonl, run_command, run_script
 
-from utils.config import TrainingConfig, UserError
+from utils import launching
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.launcher import check_launcher, config_environment
 
 no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="how it is where there is no GPU")
@@ -51,6 +52,30 @@ def read_refusal(run: subprocess.CompletedProcess, output_dir: Path) -> str:
     assert len(lines) == 1, run.stderr
     assert not output_dir.exists()
     return lines[0].removeprefix("train_lora.py: error: ")
+
+
+@pytest.mark.parametrize("setting", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+@pytest.mark.parametrize("script", ["train_full.py", "train_lora.py", "evaluate_rouge.py"])
+def test_a_script_starts_with_settings_for_gpus(monkeypatch, script, setting):
+    """Before its main is called, and so before CUDA starts; what the user has set stays."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    if setting:
+        monkeypatch.setenv(setting, "max_split_size_mb:64")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    seen = []
+
+    def main(config):
+        seen.append({name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")})
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    monkeypatch.setattr(sys, "argv", [script])
+    config_class = {"train_full.py": TrainingConfig, "train_lora.py": LoraTrainingConfig}.get(script, EvaluationConfig)
+    monkeypatch.setattr(launching, "leave_process_group", lambda: None)
+    launching.run_script(main, config_class, f"{Path(script).stem}.yaml")
+    expected = {setting: "max_split_size_mb:64"} if setting else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert seen == [expected, False]
 
 
 @pytest.mark.parametrize("by_file", [False, True])

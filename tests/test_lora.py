@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from test_scripts import FULL_FILES, RECORDS, compute_logits
 from test_strategies import launch
 from test_training import train_in_process
-from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import train_lora
 import utils.lora
 from utils.config import LoraTrainingConfig, UserError
 from utils.lora import add_lora, check_4bit
-from utils.modeling import count_parameters, load_model
+from utils.modeling import count_parameters, keep_untied_head, load_model
 from utils.optimization import build_lr_scheduler, build_optimizer
 from utils.run_identity import fingerprint_model
 
@@ -118,6 +118,35 @@ def test_resumed_is_uninterrupted(finished, flan_t5, data_files, tmp_path, name)
     for ours, expected in ((output_dir, finished[name]), (merged(output_dir), merged(finished[name]))):
         weights = "adapter_model.safetensors" if ours == output_dir else "model.safetensors"
         assert (ours / weights).read_bytes() == (expected / weights).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_a_base_that_is_stored_in_16_bits(flan_t5, data_files, tmp_path, dtype, precision):
+    """The adapter is exported in fp32, as it was trained; the merged model is the sum of the two in fp32."""
+    base = AutoModelForSeq2SeqLM.from_pretrained(flan_t5)
+    keep_untied_head(base.to(dtype)).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(flan_t5).save_pretrained(tmp_path / "base")
+    folders = {"merge_into": str(tmp_path / "merged"), "mixed_precision": precision}
+    train(tmp_path / "base", data_files, tmp_path / "out", **folders)
+    adapter, stored, merged = (
+        load_file(path)
+        for path in (tmp_path / "out" / "adapter_model.safetensors",
+                     tmp_path / "base" / "model.safetensors",
+                     tmp_path / "merged" / "model.safetensors")
+    )  # fmt: skip
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert {tensor.dtype for tensor in (adapter | merged).values()} == {torch.float32}
+    stem = "decoder.block.1.layer.1.EncDecAttention.q"
+    product = adapter[f"base_model.model.{stem}.lora_B.weight"] @ adapter[f"base_model.model.{stem}.lora_A.weight"]
+    difference = merged[f"{stem}.weight"] - stored[f"{stem}.weight"].float()
+    torch.testing.assert_close(difference, product, rtol=0, atol=1e-6)
+    # What evaluation loads answers as the merged model does.
+    together, alone = (load_model(str(tmp_path / name), "sdpa", torch.float32).eval() for name in ("out", "merged"))
+    expected = compute_logits(alone, tmp_path / "out")
+    torch.testing.assert_close(
+        compute_logits(together, tmp_path / "out"), expected, rtol=0, atol=2e-6 * expected.abs().max()
+    )
 
 
 @pytest.mark.parametrize(

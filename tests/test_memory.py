@@ -1,14 +1,23 @@
 """The size that fits is found, and a step that does not fit is taken again with the same gradient.
 
-A CPU does not run out of memory; the model's forward pass refuses more than so many tokens instead, with PyTorch's own
-error."""
+The CPU stands for a GPU here: `auto` is let through, and the forward pass refuses more than so many tokens
+with PyTorch's own error, which a CPU never raises."""
 
 import json
+import sys
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_rows, read_jsonl, relative_difference, run_script, write_flan_t5
+from conftest import (
+    make_rows,
+    read_jsonl,
+    relative_difference,
+    run_command,
+    run_script,
+    write_flan_t5,
+    write_rows,
+)
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
@@ -20,6 +29,7 @@ from utils.prompting import build_prompt
 @pytest.fixture
 def set_memory(monkeypatch):
     """A function that sets how many source tokens, padding included, fit into a forward pass from call `first` on."""
+    monkeypatch.setattr("utils.strategies.check_auto", lambda accelerator, config: None)
     forward = T5ForConditionalGeneration.forward
 
     def limit(num_tokens: int, first: int = 0, last: float = float("inf")):
@@ -80,6 +90,24 @@ def test_not_even_one_fits(flan_t5, data_files, tmp_path, set_memory):
     set_memory(10)
     with pytest.raises(UserError, match="not even one example of"):
         train(flan_t5, data_files, tmp_path / "out", "auto")
+
+
+def test_auto_is_refused_on_a_cpu(tmp_path):
+    """Before anything is loaded, in 8 GB: 48 such rows in one micro-batch of a real model would take 37."""
+    model = write_flan_t5(tmp_path / "model")
+    train_file = write_rows(tmp_path / "train.jsonl", make_rows(48))
+    command = (
+        "train_full.py", "--model_name_or_path", model, "--train_file", train_file, "--output_dir", tmp_path / "out",
+        "--per_device_train_batch_size", "auto",
+    )  # fmt: skip
+    for more in ((), ("--preflight",)):
+        limited = ("bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", sys.executable)
+        run = run_command(*limited, *command, *more, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 2, run.stderr
+        line = run.stderr.splitlines()[-1]
+        assert line.startswith("train_full.py: error: --per_device_train_batch_size auto cannot tell what fits on cpu")
+        assert "begin with 4" in line and "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # Too little for the first turn of each of the two steps, on one of two processes: at 4 examples, and then at 2.

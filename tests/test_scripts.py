@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import fnmatch
 import json
 import os
@@ -42,40 +41,6 @@ METRICS = {
     | {"target_tokens_per_second", "model_flops_per_second", "data_wait_share"},
     "validation": {"step", "split", "loss", "num_examples", "num_target_tokens"},
 }
-
-
-def read_code(script: str) -> list[str]:
-    """The script's lines without its docstring, comments and blank lines."""
-    source = (REPOSITORY / script).read_text(encoding="utf-8")
-    docstring = ast.parse(source).body[0]
-    lines = source.splitlines()[docstring.end_lineno :]
-    return [line for line in lines if line.strip() and not line.strip().startswith("#")]
-
-
-def test_the_training_scripts_differ_by_what_they_build():
-    difference = list(difflib.ndiff(read_code("train_full.py"), read_code("train_lora.py")))
-    assert [line[2:] for line in difference if line[0] == "-"] == [
-        "import torch",
-        "from utils.config import TrainingConfig",
-        "from utils.modeling import check_sizes, count_parameters, load_model, load_tokenizer",
-        "def main(config: TrainingConfig):",
-        "    model = load_model(",
-        "        config.model_name_or_path, config.attn_implementation, torch.float32, "
-        "without_weights=config.preflight",
-        "    )",
-        '    run_script(main, TrainingConfig, "train_full.yaml")',
-    ]
-    assert [line[2:] for line in difference if line[0] == "+"] == [
-        "from utils.config import LoraTrainingConfig",
-        "from utils.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter",
-        "from utils.modeling import check_sizes, count_parameters, load_tokenizer",
-        "def main(config: LoraTrainingConfig):",
-        "    check_merge_dir(config)",
-        "    model = add_lora(load_frozen_base(accelerator, config), config)",
-        "    if config.merge_into:",
-        "        merge_adapter(accelerator, tokenizer, train_data, config)",
-        '    run_script(main, LoraTrainingConfig, "train_lora.yaml")',
-    ]
 
 
 def test_the_docstrings_give_the_same_commands():

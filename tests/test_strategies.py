@@ -227,6 +227,37 @@ def test_goes_on_under_another_strategy(inputs, runs, tmp_path, first, second, k
     assert relative_difference(ours, expected) < 5e-6
 
 
+def test_lora_in_bf16_goes_on_under_another_strategy(inputs, tmp_path):
+    """The frozen weights are the same bf16 ones under each, so that the run is the same: its first loss, before any
+    update, but for the order of a sum, and its end to bf16's rounding, far less than fp32 weights would change it."""
+    in_bf16 = ("--mixed_precision", "bf16")
+    first = {}
+    for precision in ("no", "bf16"):
+        output_dir = tmp_path / precision
+        run = launch("one process", *words("lora", inputs, output_dir, "--mixed_precision", precision))
+        assert run.returncode == 0, run.stderr
+        first[precision] = read_losses(output_dir)[0][0]
+    # One after the other from the checkpoint of update 2, and each from the start.
+    finished, adapters = tmp_path / "bf16", {}
+    for strategy in ("deepspeed_zero2", "deepspeed_zero3", "fsdp2", "one process"):
+        resumed = keep_checkpoint(finished, tmp_path / f"resumed {strategy}")
+        run = launch(strategy, *words("lora", inputs, resumed, *in_bf16, "--resume_from_checkpoint", "latest"))
+        assert run.returncode == 0, run.stderr
+        assert "the same training to rounding, not to the bit" in run.stderr
+        adapters[f"resumed {strategy}"] = load_file(resumed / WEIGHTS["lora"])
+        if strategy != "one process":
+            finished = tmp_path / strategy
+            run = launch(strategy, *words("lora", inputs, finished, *in_bf16))
+            assert run.returncode == 0, run.stderr
+            adapters[strategy] = load_file(finished / WEIGHTS["lora"])
+            assert read_losses(finished)[0][0] == pytest.approx(first["bf16"], rel=2e-6)
+    assert abs(first["no"] / first["bf16"] - 1) > 1e-5, "the test would not see fp32 weights"
+    expected, in_fp32 = (load_file(tmp_path / name / WEIGHTS["lora"]) for name in ("bf16", "no"))
+    rounding = relative_difference(in_fp32, expected)
+    for name, adapter in adapters.items():
+        assert relative_difference(adapter, expected) < rounding, name
+
+
 def test_zero3_loads_in_parts(tmp_path, monkeypatch):
     """Process 1 never holds the whole model, as it does under DDP; the head, which T5 under ZeRO-3 would lose to the
     embedding, is the checkpoint's."""

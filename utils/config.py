@@ -61,7 +61,7 @@ class TrainingConfig(DataConfig):
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
     per_device_train_batch_size: size_or_auto = setting(
-        16, "examples of full length in one forward pass, of shorter ones more; auto: as many as fit on the GPU"
+        16, "examples of full length in one forward pass, of shorter ones more; auto, on a GPU: as many as fit"
     )
     num_train_epochs: int = setting(1, "passes over the training set")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")

@@ -1,5 +1,6 @@
 """Write what was trained, whole or not at all, and compare what anybody would load with it."""
 
+import contextlib
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,8 +62,6 @@ def write_model(
         shutil.rmtree(unchecked, ignore_errors=True)
         raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    if getattr(model, "is_loaded_in_4bit", False):  # others than those who trained it take the base as it is
-        state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name}
     with whole_models(accelerator):
         compare_with_folder(state_dict, unchecked)
     for path in obsolete:
@@ -95,9 +95,12 @@ def rename_magnitudes(path: Path):
 
 
 def gather_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the main process; every process must call it. Tensors that are one stay one."""
+    """The whole of what is exported on the main process, a LoRA adapter or all weights; every process must call it.
+    Tensors that are one stay one."""
     gathered, state_dict = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(model, PeftModel) and ".lora_" not in name:
+            continue
         if id(tensor) not in gathered:
             whole = gather_tensor(tensor)
             gathered[id(tensor)] = whole.cpu() if accelerator.is_main_process else None
@@ -106,10 +109,27 @@ def gather_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[
 
 
 def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
-    """RuntimeError unless stock transformers reads from `folder` the very tensors of `state_dict`."""
-    saved = AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict()
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("base_model.model.")  # PEFT's wrapper
-        # A frozen base may be kept in bf16 while its checkpoint is fp32.
-        if name not in saved or not torch.equal(saved[name].to(tensor.dtype), tensor):
-            raise RuntimeError(f"{folder} does not load as it was trained: {name} differs")
+    """RuntimeError unless stock transformers reads from `folder` the very tensors of `state_dict`: what it makes of
+    their names is seen in a model without weights, and the values in the files, one at a time, so that no second
+    model is in memory."""
+    model, report = AutoModelForSeq2SeqLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    loaded = {shorten(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    differing = [name for names in report.values() for name in names]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in folder.glob("*.safetensors")]
+        # By the tensor that it becomes: of tied weights, which are one, only one is stored.
+        stored = {id(loaded.get(shorten(name), name)): (file, name) for file in files for name in file.keys()}
+        if len(stored) != sum(len(file.keys()) for file in files):
+            differing.append("one of two tensors that were not tied")
+        for name, tensor in state_dict.items():
+            file, stored_name = stored.get(id(loaded.get(shorten(name))), (None, None))
+            value = file and file.get_tensor(stored_name)
+            if value is None or value.dtype != tensor.dtype or not value.equal(tensor):
+                differing.append(name)
+    if differing:
+        raise RuntimeError(f"{folder} does not load as it was trained: {differing[0]} differs")
+
+
+def shorten(name: str) -> str:
+    """A weight's name without what PEFT puts around it: the same in the trained model, the file and a loaded one."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")

@@ -25,8 +25,7 @@ LARGEST_DIFFERENCE = 1e-4
 
 
 def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> PreTrainedModel:
-    """The model that gets an adapter. It needs no small updates, so half the bytes of fp32 do, or an eighth, except
-    where it is sharded together with the fp32 adapter."""
+    """The model that gets an adapter. It needs no small updates, so half the bytes of fp32 do, or an eighth."""
     name, attention = config.model_name_or_path, config.attn_implementation
     if config.load_in_4bit:
         check_4bit(accelerator)
@@ -36,8 +35,7 @@ def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> Pr
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
         return load_model(name, attention, torch.bfloat16, quantization_config=four_bits)
-    in_bf16 = config.mixed_precision == "bf16" and not is_sharded(accelerator)
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     return load_model(name, attention, dtype, without_weights=config.preflight)
 
 

@@ -190,7 +190,8 @@ def estimate_memory(
     """Bytes on the main process, which holds most, of a model on the meta device: by part while it computes a
     gradient, and at other moments in all. On a CPU a checkpoint's copy and the export count too."""
     _, trained = count_bytes(model)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    num_parameters, largest = sum(sizes), 4 * max(sizes)
     parts = share_out(accelerator, model)
     keep_gradients = not accumulating and not is_sharded(accelerator)
     with fake_model(model, accelerator.device, config.mixed_precision):
@@ -202,5 +203,9 @@ def estimate_memory(
     on_cpu = accelerator.device.type == "cpu"
     moments = {"validation, a checkpoint being written": resting + 3 * trained * on_cpu + no_gradients}
     if on_cpu:
-        moments["the export's check"] = resting + 4 * num_parameters
+        # Sharded weights are gathered for it; each tensor is read back and compared by itself.
+        is_gathered = name_strategy(accelerator) in ("DEEPSPEED_ZERO3", "FSDP")
+        moments["the export"] = resting + trained * is_gathered + largest
+        if getattr(config, "merge_into", None):  # what was trained has gone by then
+            moments["the merge"] = 4 * num_parameters + largest
     return parts, moments

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.hub import explain_hub_errors
 from utils.shapes import load_shapes
-from utils.strategies import gather_tensor, whole_shape
+from utils.strategies import gather_tensor, whole_shape, zero3_loads_in
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer*", "spiece.model")
@@ -73,14 +73,15 @@ def load_model(
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
         load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
-        model, report = load(
-            name_or_path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            quantization_config=quantization_config,
-        )
+        with zero3_loads_in(dtype):
+            model, report = load(
+                name_or_path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                quantization_config=quantization_config,
+            )
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
@@ -121,9 +122,9 @@ def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):
             own = weights.get_tensor(name) if name in weights.keys() else None
     except OSError as error:
         raise UserError(f"--{setting} {name_or_path}: ZeRO-3 needs its weights as model.safetensors") from error
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if own is not None and not gather_tensor(embedding.weight).cpu().equal(own):
-        head.weight = torch.nn.Parameter(own.to(model.dtype))
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if own is not None and not gather_tensor(embedding).cpu().equal(own := own.to(embedding.dtype)):
+        head.weight = torch.nn.Parameter(own)
 
 
 def check_folder(name_or_path: str, setting: str, advice: str = ""):

@@ -52,7 +52,7 @@ def report_preflight(
             memory_lines, needed = describe_memory(
                 accelerator, config, model, micro_batches, validation_data, run["num_train_steps"], free
             )
-            disk_lines, disk_needed, disk_free = describe_disk(config, model, validation_data, run["num_train_steps"])
+            disk_lines, disk_problem = describe_disk(config, model, validation_data, run["num_train_steps"])
             sys.stdout.write("\n".join([*lines, *memory_lines, *disk_lines]) + "\n")
             sys.stdout.flush()
             if needed > free:
@@ -60,11 +60,8 @@ def report_preflight(
                     f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} "
                     "are free for each; lower --per_device_train_batch_size, or see accelerate_configs/ for sharding"
                 )
-            elif disk_needed > disk_free:
-                problem = (
-                    f"--output_dir {config.output_dir}: checkpoints and export take {format_bytes(disk_needed)}, and "
-                    f"{format_bytes(disk_free)} are free; lower --checkpoints_total_limit or take another disk"
-                )
+            else:
+                problem = disk_problem
         except UserError as error:
             problem = str(error)
     (problem,) = broadcast_object_list([problem])
@@ -196,21 +193,33 @@ def describe_memory(
 
 def describe_disk(
     config: TrainingConfig, model: torch.nn.Module, validation_data: datasets.Dataset | None, num_steps: int
-) -> tuple[list[str], int, int]:
-    """Lines, and bytes needed and free. What an earlier run left there is replaced."""
+) -> tuple[list[str], str | None]:
+    """Lines, and what is wrong if a disk is too small. What an earlier run left in output_dir is replaced."""
     _, trained = count_bytes(model)
     # One more than are kept: the oldest goes when the newest is there. Weights and two moments each.
     num_checkpoints = min(math.ceil(num_steps / config.checkpointing_steps), config.checkpoints_total_limit + 1)
     num_best = min(math.ceil(num_steps / config.eval_steps), 2) if validation_data else 0
-    needed = (3 * num_checkpoints + num_best + 1) * trained
     folder = Path(config.output_dir)
     held = [path for found in find_run_files(folder) for path in (found, *found.rglob("*")) if path.is_file()]
-    free = shutil.disk_usage(find_existing(folder)).free + sum(path.stat().st_size for path in held)
-    line = (
-        f"disk        {format_bytes(needed)}: checkpoints {num_checkpoints}, best models {num_best}, the export; "
-        f"{format_bytes(free)} free"
-    )
-    return ["", line], needed, free
+    disk = find_existing(folder)
+    free = shutil.disk_usage(disk).free + sum(path.stat().st_size for path in held)
+    content = f"checkpoints {num_checkpoints}, best models {num_best}, the export"
+    disks = [[f"--output_dir {folder}", content, (3 * num_checkpoints + num_best + 1) * trained, free]]
+    if merge_into := getattr(config, "merge_into", None):
+        merge_disk, size = find_existing(Path(merge_into)), 4 * sum(p.numel() for p in model.parameters())
+        if merge_disk.stat().st_dev == disk.stat().st_dev:
+            disks[0][1] += ", the merged model"
+            disks[0][2] += size
+        else:
+            free = shutil.disk_usage(merge_disk).free
+            disks.append([f"--merge_into {merge_into}", "the merged model", size, free])
+    lines, problem = [""], None
+    for setting, content, needed, free in disks:
+        lines.append(f"disk        {format_bytes(needed)}: {content}; {format_bytes(free)} free")
+        if needed > free and not problem:
+            problem = f"{setting}: {content} take {format_bytes(needed)}, and {format_bytes(free)} are free"
+            problem += "; lower --checkpoints_total_limit" * setting.startswith("--output_dir") + "; take another disk"
+    return lines, problem
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import (
+    deepspeed_config,
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
@@ -62,9 +63,8 @@ def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
             raise UserError("the launcher's fsdp_version is 1: only 2 is supported")
         # Autocast over fp32 weights, as everywhere, and not weights and sums in bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    check_auto(accelerator, config)
     if is_sharded(accelerator):
-        if config.per_device_train_batch_size == "auto":
-            raise UserError("--per_device_train_batch_size auto is not for DeepSpeed or FSDP2: give a number")
         if config.metric_for_best_model != "loss":
             raise UserError(
                 f"--metric_for_best_model {config.metric_for_best_model} generates, which is not for DeepSpeed or "
@@ -72,14 +72,26 @@ def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
             )
 
 
+def check_auto(accelerator: Accelerator, config: TrainingConfig):
+    if config.per_device_train_batch_size != "auto":
+        return
+    if is_sharded(accelerator):
+        raise UserError("--per_device_train_batch_size auto is not for DeepSpeed or FSDP2: give a number")
+    if accelerator.device.type in ("cpu", "mps"):  # which raise no torch.OutOfMemoryError; the kernel may kill instead
+        raise UserError(
+            f"--per_device_train_batch_size auto cannot tell what fits on {accelerator.device.type}: give a number; "
+            "begin with 4, and double it while --preflight says that it fits"
+        )
+
+
 def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
-    deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
-    check_zero_section(deepspeed_config["zero_optimization"])
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    check_zero_section(settings["zero_optimization"])
     for section in ("optimizer", "scheduler", "amp"):
-        if section in deepspeed_config:
+        if section in settings:
             raise UserError(f"the DeepSpeed config has a section {section!r}; remove it: the script has its own")
     for section in ("fp16", "bf16"):
-        if deepspeed_config.get(section, {}).get("enabled") not in (None, False, "auto"):
+        if settings.get(section, {}).get("enabled") not in (None, False, "auto"):
             raise UserError(f"the DeepSpeed config enables {section}; remove it: precision is --mixed_precision")
     # DeepSpeed wants numbers of examples and only multiplies them: micro-batches are of unequal size. The loop says
     # itself which one is the last of an update.
@@ -90,16 +102,16 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
         "train_batch_size": (accelerator.num_processes, "--total_train_batch_size"),
     }
     for name, (value, setting) in ours.items():
-        if deepspeed_config.get(name, "auto") not in ("auto", value):
-            raise UserError(f"the DeepSpeed config's {name} is {deepspeed_config[name]}; remove it: it is {setting}")
-        deepspeed_config[name] = value
+        if settings.get(name, "auto") not in ("auto", value):
+            raise UserError(f"the DeepSpeed config's {name} is {settings[name]}; remove it: it is {setting}")
+        settings[name] = value
     if config.mixed_precision == "bf16":  # as everywhere: autocast over fp32 weights, sums of gradients in fp32
-        deepspeed_config["torch_autocast"] = {
+        settings["torch_autocast"] = {
             "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []
         }  # fmt: skip
     for name, value in BUCKETS.items():
-        deepspeed_config["zero_optimization"].setdefault(name, value)
-    deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # the script's AdamW, also where its moments are offloaded
+        settings["zero_optimization"].setdefault(name, value)
+    settings["zero_force_ds_cpu_optimizer"] = False  # the script's AdamW, also where its moments are offloaded
 
 
 def check_zero_section(section: dict[str, Any]):
@@ -127,6 +139,24 @@ def whole_models(accelerator: Accelerator) -> Iterator[None]:
     finally:
         if before:
             set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
+
+
+@contextlib.contextmanager
+def zero3_loads_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within, from_pretrained makes weights of this dtype under ZeRO-3 too, where it is DeepSpeed that makes them, by
+    its own settings' precision."""
+    if not (is_deepspeed_zero3_enabled() and dtype == torch.bfloat16):
+        yield
+        return
+    settings = deepspeed_config()
+    before = settings.get("bf16")
+    settings["bf16"] = {"enabled": True}
+    try:
+        yield
+    finally:
+        del settings["bf16"]
+        if before is not None:
+            settings["bf16"] = before
 
 
 @contextlib.contextmanager
