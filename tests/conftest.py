@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only get into e
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -125,3 +126,30 @@ def run_command(*words: str | Path, timeout: int = 300, **environment: str):
     return subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def launch(strategy: str, *script: str | Path, lowered: bool = True):
+    """As users do, on two processes of this machine's CPU, with thresholds that a tiny model meets."""
+    if strategy == "one process":
+        return run_script(*script)
+    if lowered:
+        script = ("tests/lowered_thresholds.py", *script)
+    if strategy == "ddp":
+        return run_script(*script, num_processes=2)
+    if strategy == "fsdp2":
+        fsdp = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+        settings = {name.upper(): str(value) for name, value in fsdp.items()}
+        return run_script(
+            "tests/fsdp_on_cpu.py", *script, num_processes=2, ACCELERATE_USE_FSDP="true", **settings
+        )  # accelerate launch would start it for a GPU
+    config = f"accelerate_configs/{strategy}.yaml"
+    command = ("accelerate", "launch", "--config_file", config, "--num_processes", 2, "--main_process_port", 0)
+    return run_command(*command, *script, DS_ACCELERATOR="cpu")
+
+
+def keep_checkpoint(finished: Path, output_dir: Path, step: int = 2) -> Path:
+    """A folder as a kill after `step` updates leaves it."""
+    name = f"checkpoints/step_{step:06d}"
+    shutil.copytree(finished / name, output_dir / name)
+    shutil.copy(finished / "metrics.jsonl", output_dir)
+    return output_dir

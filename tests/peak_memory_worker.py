@@ -7,6 +7,7 @@ import functools
 import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,27 +15,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils.modeling
 
 
-def read_memory(name: str) -> int:
-    """Bytes of this process's VmRSS or VmHWM."""
+def read_memory() -> int:
+    """Bytes of this process that no file backs: the pages of a mapped file of weights can be taken back."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
 
 def main(folder: str, script: str):
-    load_model, before = utils.modeling.load_model, []
+    load_model, taken, ended = utils.modeling.load_model, [], threading.Event()
+
+    def sample():
+        while not ended.wait(0.002):
+            taken.append(read_memory())
+
+    sampler = threading.Thread(target=sample, daemon=True)
 
     @functools.wraps(load_model)
     def watched_load_model(*arguments, **keywords):
-        if not before:
-            before.append(read_memory("VmRSS"))
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        if not taken:
+            taken.append(read_memory())
+            sampler.start()
         return load_model(*arguments, **keywords)
 
     utils.modeling.load_model = watched_load_model
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
-        peak = read_memory("VmHWM") - before[0]
+        ended.set()
+        sampler.join()
+        peak = max(taken) - taken[0]
         (Path(folder) / f"peak_{os.environ.get('RANK', '0')}.txt").write_text(str(peak))
 
 

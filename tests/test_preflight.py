@@ -10,10 +10,9 @@ from pathlib import Path
 import hub_standin
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import make_rows, read_jsonl, run_script, write_flan_t5, write_rows
+from conftest import launch, make_rows, read_jsonl, run_script, write_flan_t5, write_rows
 from safetensors.torch import load_file
 from test_models import write_bart
-from test_strategies import launch
 from transformers import AutoModelForSeq2SeqLM
 
 import train_full
@@ -215,32 +214,40 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "strategy"),
+    ("kind", "precision", "strategy", "size"),
     [
-        ("full", "no", "one process"),
-        ("full", "bf16", "one process"),
-        ("lora", "no", "one process"),
-        ("lora", "bf16", "one process"),
-        ("full", "no", "ddp"),
-        ("full", "no", "deepspeed_zero2"),
-        ("full", "no", "deepspeed_zero3"),
-        ("full", "no", "fsdp2"),
+        ("full", "no", "one process", 4),
+        ("full", "bf16", "one process", 4),
+        ("full", "no", "ddp", 4),
+        ("full", "no", "deepspeed_zero2", 4),
+        ("full", "no", "deepspeed_zero3", 4),
+        ("full", "no", "fsdp2", 4),
+        # Where the activations are most of it, and where what comes after the training is.
+        ("lora", "no", "one process", 16),
+        ("lora", "bf16", "one process", 16),
+        ("lora", "bf16", "one process", 1),
+        ("merge", "bf16", "one process", 1),
+        ("merge", "bf16", "ddp", 1),
+        ("lora", "bf16", "deepspeed_zero3", 1),
+        ("lora", "bf16", "fsdp2", 1),
     ],
 )
-def test_estimates_are_near_the_measured_peak(large, tmp_path, monkeypatch, kind, precision, strategy):
+def test_estimates_are_near_the_measured_peak(large, tmp_path, monkeypatch, kind, precision, strategy, size):
     # Freed memory goes back to the system at once, instead of after some more: what is counted is what is in use.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    size = 16 if kind == "lora" else 4  # without LoRA the activations matter less
-    batches = ("--per_device_train_batch_size", size, "--total_train_batch_size", 16, "--max_train_steps", 2)
-    command = words(kind, *large, tmp_path / "out", "--mixed_precision", precision, *batches, "--max_eval_samples", 4)
-    preflight = launch(strategy, *command, "--preflight")
+    total = 4 if size == 1 else 16
+    batches = ("--per_device_train_batch_size", size, "--total_train_batch_size", total, "--max_train_steps", 2)
+    command = words(
+        "full" if kind == "full" else "lora", *large, tmp_path / "out", "--mixed_precision", precision, *batches,
+        "--max_eval_samples", 4, *(["--merge_into", tmp_path / "merged"] if kind == "merge" else []),
+    )  # fmt: skip
+    preflight = launch(strategy, *command, "--preflight", lowered=False)
     assert preflight.returncode == 0, preflight.stderr
-    estimates = [
-        read_bytes(preflight.stdout, name)
-        for name in ("a gradient being computed, the sum", "validation, a checkpoint being written")
-    ]
-    run = launch(strategy, "tests/peak_memory_worker.py", tmp_path, *command)
+    moments = ["a gradient being computed, the sum", "validation, a checkpoint being written", "the export"]
+    moments += ["the merge"] * (kind == "merge")
+    estimates = [read_bytes(preflight.stdout, name) for name in moments]
+    run = launch(strategy, "tests/peak_memory_worker.py", tmp_path, *command, lowered=False)
     assert run.returncode == 0, run.stderr
     measured = float((tmp_path / "peak_0.txt").read_text())
     assert max(estimates) == pytest.approx(measured, rel=0.25)

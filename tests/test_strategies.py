@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import (
-    REPOSITORY,
+    keep_checkpoint,
+    launch,
     make_rows,
     read_jsonl,
     relative_difference,
-    run_command,
-    run_script,
     write_flan_t5,
     write_rows,
 )  # fmt: skip
@@ -57,24 +55,6 @@ def words(kind: str, inputs: dict[str, Path], output_dir: Path, *more: str) -> l
         "--per_device_train_batch_size", 2, "--learning_rate", LEARNING_RATE, "--mixed_precision", "no",
         "--eval_steps", 2, "--checkpointing_steps", 2, "--output_dir", output_dir, *lora, *more,
     ]  # fmt: skip
-
-
-def launch(strategy: str, *script: str | Path):
-    """As users do, on two processes of this machine's CPU, with thresholds that a tiny model meets."""
-    if strategy == "one process":
-        return run_script(*script)
-    script = ("tests/lowered_thresholds.py", *script)
-    if strategy == "ddp":
-        return run_script(*script, num_processes=2)
-    if strategy == "fsdp2":
-        fsdp = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
-        settings = {name.upper(): str(value) for name, value in fsdp.items()}
-        return run_script(
-            "tests/fsdp_on_cpu.py", *script, num_processes=2, ACCELERATE_USE_FSDP="true", **settings
-        )  # accelerate launch would start it for a GPU
-    config = f"accelerate_configs/{strategy}.yaml"
-    command = ("accelerate", "launch", "--config_file", config, "--num_processes", 2, "--main_process_port", 0)
-    return run_command(*command, *script, DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +178,6 @@ def test_resumed_is_uninterrupted(inputs, runs, tmp_path, strategy, kind):
     assert without_times(resumed) == without_times(finished)
     ours, expected = (load_file(folder / WEIGHTS[kind]) for folder in (resumed, finished))
     assert [name for name in expected if not ours[name].equal(expected[name])] == []
-
-
-def keep_checkpoint(finished: Path, output_dir: Path) -> Path:
-    """A folder as a kill after step 2 leaves it."""
-    shutil.copytree(finished / "checkpoints" / "step_000002", output_dir / "checkpoints" / "step_000002")
-    shutil.copy(finished / "metrics.jsonl", output_dir)
-    return output_dir
 
 
 @pytest.mark.parametrize(
