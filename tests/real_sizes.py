@@ -73,7 +73,8 @@ def words(kind: str, model: Path, files: dict[str, Path], output_dir: Path, *mor
         f"train_{kind}.py", "--model_name_or_path", model, "--train_file", files["train"], "--validation_file",
         files["validation"], "--output_dir", output_dir, "--total_train_batch_size", 4, "--max_train_steps",
         NUM_UPDATES, "--per_device_train_batch_size", 1, "--learning_rate", 1e-3, "--logging_steps", 1, "--eval_steps",
-        1, "--checkpointing_steps", 1, "--max_source_length", 32, "--max_target_length", 16, *(lora if kind == "lora" else []), *more,
+        1, "--checkpointing_steps", 1, "--max_source_length", 32, "--max_target_length", 16,
+        *(lora if kind == "lora" else []), *more,
     ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from test_models import write_bart
 from transformers import AutoModelForSeq2SeqLM
 
 import train_full
-from utils.config import TrainingConfig, UserError
+import train_lora
+from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 
 UNITS = {"GB": 1e9, "MB": 1e6}
 
@@ -132,13 +133,36 @@ def test_a_mistake_is_one_line_and_exit_code_2(flan_t5, data_files, tmp_path):
 def test_a_disk_too_small(start, tmp_path, small_disk, capsys):
     """12 bytes of each parameter for each of two checkpoints, 4 for each of two best models and the export."""
     output_dir = small_disk(700) / "out"
-    text = "--output_dir .*out: checkpoints and export take ([0-9.]+) MB, and [01] MB are free; lower "
+    text = "--output_dir .*out: checkpoints 2, best models 2, the export take [0-9.]+ MB, and [01] MB are free; lower "
     with pytest.raises(UserError, match=text):
         start(output_dir=str(output_dir), max_train_steps=20)
     screen = capsys.readouterr().out
     assert "\ndisk  " in screen, "it is printed all the same"
     assert read_bytes(screen, "a checkpoint being written") == 1e6, "three times 0.4 MB"
     assert not output_dir.exists()
+
+
+def test_a_disk_too_small_for_the_merged_model(flan_t5, data_files, tmp_path, small_disk, capsys):
+    """60 kB of checkpoints and adapter fit, or the merged model, and not both."""
+    size = sum(tensor.nbytes for tensor in load_file(flan_t5 / "model.safetensors").values())
+    disk = small_disk(size // 1024 + 30)
+
+    def start_preflight(output_dir: Path, merge_into: Path):
+        AcceleratorState._reset_state(True)
+        files = {f"{split}_file": str(data_files[split]) for split in ("train", "validation")}
+        folders = {"output_dir": str(output_dir), "merge_into": str(merge_into), "model_name_or_path": str(flan_t5)}
+        train_lora.main(LoraTrainingConfig(**files, **folders, lora_r=4, preflight=True))
+        return capsys.readouterr().out
+
+    screen = start_preflight(disk / "out", tmp_path / "merged")
+    assert f"disk        {size / 1e6:.0f} MB: the merged model; " in screen
+    text = "out: checkpoints 1, best models 1, the export, the merged model take [0-9.]+ MB, and [01] MB are free"
+    with pytest.raises(UserError, match=f"--output_dir .*{text}"):
+        start_preflight(disk / "out", disk / "merged")
+    (disk / "full").write_bytes(bytes(200_000))
+    with pytest.raises(UserError, match="--merge_into .*merged: the merged model take.* free; take another disk"):
+        start_preflight(tmp_path / "out", disk / "merged")
+    assert [path.name for path in disk.iterdir()] == ["full"]
 
 
 def test_memory_too_small(start, tmp_path, monkeypatch):
