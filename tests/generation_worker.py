@@ -16,7 +16,6 @@ from utils.modeling import load_model, load_tokenizer
 MODES = {
     "greedy": {},
     "beams": {"num_beams": 3, "length_penalty": 2.0},
-    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9},
 }
 
 
@@ -27,7 +26,7 @@ def load_dialogues() -> list[str]:
 
 
 def write_unsure_model(folder: Path) -> Path:
-    """The demo's model with its head made smaller: texts end, and beams and sampling differ from the greedy ones."""
+    """The demo's model with its head made smaller: texts end, and beams differ from the greedy ones."""
     model = load_model(str(REPOSITORY / "demo" / "model"), "sdpa", torch.float32)
     with torch.no_grad():
         model.lm_head.weight *= 0.3
@@ -46,7 +45,7 @@ def main(model_path: str, folder: str):
             max_new_tokens=12, per_device_eval_batch_size=3, output_dir=f"{folder}/{mode}", **settings
         )
         model, tokenizer = load_model(model_path, "sdpa", torch.float32), load_tokenizer(model_path)
-        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "model", model_path, {})
+        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "model", {})
         results[mode] = summaries
     if accelerator.is_main_process:
         (Path(folder) / "results.json").write_text(json.dumps(results))

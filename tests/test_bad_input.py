@@ -1183,7 +1183,6 @@ def test_names_that_would_be_taken_for_others(tmp_path):
         (["--models", "a  b=x"], "'a  b' cannot be a model's name"),
         (["--models", "a=x\udcff"], "holds what is no character"),
         (["--output_dir", "a\0b"], "holds what is no character"),
-        (["--do_sample", "--temperature", "1e-320"], "--temperature must be at least 0.001"),
         (["--num_beams", "2", "--length_penalty", "1e308"], "--length_penalty must be between"),
         (["--max_new_tokens", "1000000000"], "--max_new_tokens must be at most"),
     ):

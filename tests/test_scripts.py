@@ -116,7 +116,7 @@ def test_every_pattern_of_a_runs_files_matches_one():
         "vocab.json",
         "merges.txt",
     ]
-    assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
+    assert RUN_FOLDERS == ("last_good_model", "export.unchecked", "tracker", "checkpoints")
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])

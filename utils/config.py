@@ -169,19 +169,6 @@ class EvaluationConfig(DataConfig):
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
-    do_sample: bool = setting(False, "draw each token; a text depends on seed and dialogue, not on the batch")
-    temperature: float = setting(1.0, "with --do_sample: what the logits are divided by")
-    top_k: int = setting(0, "with --do_sample: draw from the K likeliest tokens; 0 is all")
-    top_p: float = setting(1.0, "with --do_sample: draw from the likeliest tokens that have this probability together")
-    generation_backend: Literal["transformers", "ctranslate2"] = setting(
-        "transformers", "ctranslate2 converts each model once, and may be faster: requirements-ctranslate2.txt"
-    )
-    ctranslate2_compute_type: Literal["float32", "bfloat16", "float16", "int8"] = setting(
-        "float32", "precision of ctranslate2's weights; what the device lacks is refused"
-    )
-    device_map: Literal["auto"] | None = setting(
-        None, "auto: spread a model that does not fit one GPU over all GPUs and the host's memory; one process"
-    )
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
@@ -193,7 +180,12 @@ class EvaluationConfig(DataConfig):
             require_positive(self, name)
         if self.example_index < 0:
             raise UserError(f"--example_index must not be negative, got {self.example_index}")
-        self.check_decoding()
+        if not -100 <= self.length_penalty <= 100:
+            raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
+        if self.length_penalty != 1 and self.num_beams == 1:
+            raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
+        if self.max_new_tokens > 100_000:
+            raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
         names = [model.partition("=")[0] for model in self.models]
         for model, name in zip(self.models, names, strict=True):
             if not name or not model.partition("=")[2]:
@@ -201,34 +193,6 @@ class EvaluationConfig(DataConfig):
             if names.count(name) > 1:
                 raise UserError(f"--models names {name!r} twice")
             check_model_name(name, "models", self.demo)
-
-    def check_decoding(self):
-        if not 1e-3 <= self.temperature < math.inf:
-            raise UserError(f"--temperature must be at least 0.001, got {self.temperature}")
-        if not -100 <= self.length_penalty <= 100:
-            raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
-        if self.max_new_tokens > 100_000:
-            raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise UserError(f"--top_k must not be negative, got {self.top_k}")
-        if self.do_sample and self.num_beams > 1:
-            raise UserError("--do_sample draws one text: leave --num_beams at 1")
-        if self.device_map and self.generation_backend == "ctranslate2":
-            raise UserError("--device_map needs --generation_backend transformers: ctranslate2 has its own placement")
-        if self.do_sample and self.generation_backend == "ctranslate2":
-            raise UserError("--do_sample needs --generation_backend transformers: ctranslate2 has no seed per text")
-        for name, needed, given in (
-            ("length_penalty", "--num_beams above 1", self.num_beams > 1),
-            ("temperature", "--do_sample", self.do_sample),
-            ("top_k", "--do_sample", self.do_sample),
-            ("top_p", "--do_sample", self.do_sample),
-            ("ctranslate2_compute_type", "--generation_backend ctranslate2", self.generation_backend == "ctranslate2"),
-        ):
-            default = self.__dataclass_fields__[name].default
-            if getattr(self, name) != default and not given:
-                raise UserError(f"--{name} must be left at {default} without {needed}, got {getattr(self, name)}")
 
 
 def require_positive(config: DataConfig, name: str):

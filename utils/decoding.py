@@ -13,7 +13,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.config import EvaluationConfig
-from utils.sampling import build_sampler, draw_numbers
 
 # Padded tokens that the encoder takes at once: enough to keep a device busy, and few enough that little is padding.
 ENCODER_TOKENS = 2048
@@ -43,8 +42,7 @@ def decode_batch(
             custom_generate=search_beams,
         )
     else:
-        numbers = draw_numbers(prompts, config).to(model.device) if config.do_sample else None
-        decoded = decode_in_rounds(model, encoded, mask, numbers, config)
+        decoded = decode_in_rounds(model, encoded, mask, config.max_new_tokens)
     return [(ids, is_truncated(model, ids, config.max_new_tokens)) for ids in decoded]
 
 
@@ -60,23 +58,16 @@ def encode(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
         pieces.append(hidden.last_hidden_state)
         start += len(piece)
     longest = max(map(len, prompts))
-    # The last layers of a spread model's encoder may lie on another device than the first.
-    return torch.cat([pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces]).to(model.device)
+    return torch.cat([pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces])
 
 
 def decode_in_rounds(
-    model: PreTrainedModel,
-    encoded: torch.Tensor,
-    mask: torch.Tensor,
-    numbers: torch.Tensor | None,
-    config: EvaluationConfig,
+    model: PreTrainedModel, encoded: torch.Tensor, mask: torch.Tensor, max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy, or sampled with `numbers`: generate() until some texts have ended, and again for the others alone, from
-    their cache.
+    """Greedy: generate() until some texts have ended, and again for the others alone, from their cache.
 
     Args:
         encoded: (n, longest, d_model). mask: (n, longest), 1 where a prompt has a token.
-        numbers: (n, max_new_tokens), uniform in [0, 1).
     """
 
     def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -91,22 +82,21 @@ def decode_in_rounds(
             decoder_input_ids=ids,
             decoder_attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=config.max_new_tokens + 1 - ids.shape[1],
-            do_sample=False,  # sampling is a logits processor here
+            max_new_tokens=max_new_tokens + 1 - ids.shape[1],
+            do_sample=False,
             num_beams=1,
             use_cache=True,
             return_dict_in_generate=True,
-            logits_processor=build_sampler(numbers, config),
             stopping_criteria=[enough_ended],
         )
         ids, cache = output.sequences, output.past_key_values
-        ended = has_ended(model, ids) | (ids.shape[1] > config.max_new_tokens)
+        ended = has_ended(model, ids) | (ids.shape[1] > max_new_tokens)
         for row in ended.nonzero().flatten().tolist():
             decoded[running[row]] = cut_after_end(model, ids[row, 1:].tolist())
         rows = (~ended).nonzero().flatten()
         running = [running[row] for row in rows.tolist()]
         if running:
-            ids, numbers = ids[rows], None if numbers is None else numbers[rows]
+            ids = ids[rows]
             encoded, mask = keep_rows(rows, encoded, mask, cache)
     return decoded
 
@@ -194,7 +184,7 @@ def keep_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encoded` and `mask` of these rows of the batch, as wide as their longest prompt; the cache is changed."""
     longest = int(mask[rows].sum(dim=1).max())
-    cache.batch_select_indices(rows.cpu())  # a spread model's layers lie on several devices
+    cache.batch_select_indices(rows)
     for layer in cache.cross_attention_cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
     return encoded[rows, :longest], mask[rows, :longest]

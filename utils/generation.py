@@ -14,20 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.batching import deal, micro_batch_cost
 from utils.config import EvaluationConfig
-from utils.ctranslate import check_ctranslate2, load_translator, translate_batch
 from utils.data import describe_tokenizer, fingerprint, tokenize_prompts
 from utils.decoding import decode_batch
 from utils.modeling import check_folder, check_sizes, load_model, load_tokenizer
 from utils.partial_texts import Summary, append_batch, hash_model, read_batches
-from utils.placement import check_device_map, place_model
 
 logger = logging.getLogger(__name__)
 NUM_BATCHES, MIN_PROMPTS = 16, 16
 # What the texts follow from, beside model, prompt and versions.
-DECODING_SETTINGS = (
-    "attn_implementation", "max_new_tokens", "num_beams", "length_penalty",
-    "do_sample", "temperature", "top_k", "top_p", "generation_backend", "ctranslate2_compute_type",
-)  # fmt: skip
+DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "length_penalty")
 
 
 def summarize_with_models(
@@ -39,9 +34,6 @@ def summarize_with_models(
         script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
         flags = " --demo" if config.demo else ""
         check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
-    if config.generation_backend == "ctranslate2":
-        check_ctranslate2(accelerator, config)
-    check_device_map(accelerator, config)
     tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
     kept = read_batches(accelerator, Path(config.output_dir))
     summaries = {}
@@ -54,7 +46,6 @@ def summarize_with_models(
             texts,
             config,
             name,
-            path,
             kept,
         )
     return summaries
@@ -67,7 +58,6 @@ def generate_summaries(
     dialogues: list[str],
     config: EvaluationConfig,
     name: str,
-    path: str,
     kept: dict[str, list[Summary]],
 ) -> list[Summary]:
     """A summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
@@ -79,21 +69,14 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
-    content = hash_model(model)
     origin = fingerprint(
-        content,
+        hash_model(model),
         describe_tokenizer(tokenizer),
         {setting: getattr(config, setting) for setting in DECODING_SETTINGS},
-        config.seed if config.do_sample else None,
         [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")],
-        find_version("ctranslate2") if config.generation_backend == "ctranslate2" else None,
         accelerator.device.type,
     )
-    if config.generation_backend == "ctranslate2":
-        translator = load_translator(accelerator, model, tokenizer, path, content, config)
-        decode = partial(translate_batch, translator, tokenizer, config=config)
-    else:
-        decode = partial(decode_batch, place_model(model, accelerator, config).eval(), config=config)
+    decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
     by_dialogue = dict(zip(distinct, summaries, strict=True))
     return [by_dialogue[dialogue] for dialogue in dialogues]

@@ -20,7 +20,7 @@ RUN_FILES = (
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
     "predictions.jsonl", "results.json", "report.html", "report.md",
 )  # fmt: skip
-RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints", "ctranslate2")
+RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
 # What a run that ended before its first checkpoint leaves; nothing is lost with it.
 BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", "export.unchecked", "tracker", "checkpoints"}
 

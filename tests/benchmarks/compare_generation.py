@@ -19,24 +19,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-INT8 = ["generation_backend=ctranslate2", "ctranslate2_compute_type=int8"]
-# Name: way, beams, rows, settings of ours.
+# Name: way, beams, rows.
 RUNS = {
-    "trainer": ("trainer", 1, "all", []),
-    "notebook": ("notebook", 1, "6", []),
-    "trainer, distinct rows": ("trainer", 1, "distinct", []),
-    "ours": ("ours", 1, "all", []),
-    "ours, ctranslate2": ("ours", 1, "all", INT8[:1]),
-    "ours, ctranslate2 int8": ("ours", 1, "all", INT8),
-    "trainer, 4 beams": ("trainer", 4, "all", []),
-    "ours, 4 beams": ("ours", 4, "all", []),
-    "ours, ctranslate2, 4 beams": ("ours", 4, "all", INT8[:1]),
-    "ours, ctranslate2 int8, 4 beams": ("ours", 4, "all", INT8),
+    "trainer": ("trainer", 1, "all"),
+    "notebook": ("notebook", 1, "6"),
+    "trainer, distinct rows": ("trainer", 1, "distinct"),
+    "ours": ("ours", 1, "all"),
+    "trainer, 4 beams": ("trainer", 4, "all"),
+    "ours, 4 beams": ("ours", 4, "all"),
 }
 
 
-def run(model: str, test_file: str, way: str, num_beams: int, rows: str, settings: list[str], threads: int) -> dict:
-    words = ["tests/benchmarks/run_generation.py", model, test_file, way, str(num_beams), rows, *settings]
+def run(model: str, test_file: str, way: str, num_beams: int, rows: str, threads: int) -> dict:
+    words = ["tests/benchmarks/run_generation.py", model, test_file, way, str(num_beams), rows]
     finished = subprocess.run(
         [sys.executable, *words], cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True, text=True, check=False,

@@ -1,14 +1,13 @@
 """Summarise a file's rows in one way and print time, shares and texts: a process of compare_generation.py.
 
-    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [SETTING=VALUE]
+    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS
 
-ROWS is all, distinct, or N for every Nth row. The settings are ours.
-Timed from rows to texts, after one row to warm up; neither loading (but for ctranslate2's converted model) nor, for
-the Trainer, tokenising is counted; the Trainer gets no labels, with which it would compute a loss as well.
+ROWS is all, distinct, or N for every Nth row.
+Timed from rows to texts, after one row to warm up; neither loading nor, for the Trainer, tokenising is
+counted; the Trainer gets no labels, with which it would compute a loss as well.
 """
 
 import csv
-import functools
 import json
 import sys
 import tempfile
@@ -49,14 +48,12 @@ class Counter:
         self.decoder_tokens += inputs["input_ids"].numel()
 
 
-def prepare_ours(path, model, tokenizer, dialogues, num_beams, settings):
-    config = EvaluationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, output_dir=tempfile.mkdtemp(), **settings
-    )
+def prepare_ours(path, model, tokenizer, dialogues, num_beams):
+    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, output_dir=tempfile.mkdtemp())
     accelerator = Accelerator()
 
     def summarize():
-        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "ours", path, {})
+        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "ours", {})
         return [summary.text for summary in summaries]
 
     return summarize
@@ -91,7 +88,7 @@ def prepare_trainer(path, model, tokenizer, dialogues, num_beams):
     return summarize
 
 
-def main(path: str, test_file: str, way: str, num_beams: str, rows: str, *settings: str):
+def main(path: str, test_file: str, way: str, num_beams: str, rows: str):
     start_logging()
     with open(test_file, newline="", encoding="utf-8") as file:
         dialogues = [row["dialogue"] for row in csv.DictReader(file)]
@@ -100,11 +97,7 @@ def main(path: str, test_file: str, way: str, num_beams: str, rows: str, *settin
     elif rows != "all":
         dialogues = dialogues[:: int(rows)]
     model, tokenizer = load_model(path, "sdpa", torch.float32).eval(), load_tokenizer(path)
-    prepare = {
-        "ours": functools.partial(prepare_ours, settings=dict(setting.split("=") for setting in settings)),
-        "trainer": prepare_trainer,
-        "notebook": prepare_notebook,
-    }[way]
+    prepare = {"ours": prepare_ours, "trainer": prepare_trainer, "notebook": prepare_notebook}[way]
     prepare(path, model, tokenizer, dialogues[:1], int(num_beams))()
     summarize = prepare(path, model, tokenizer, dialogues, int(num_beams))
     counter = Counter(model)
@@ -122,10 +115,9 @@ def main(path: str, test_file: str, way: str, num_beams: str, rows: str, *settin
         "rows_per_second": len(texts) / seconds,
         "peak_memory_mib": measure_peak_memory(Accelerator()),
         "mean_text_tokens": num_tokens / len(decoded) / int(num_beams),
+        "padding_share": 1 - counter.real_source_tokens / counter.source_tokens,
+        "ended_share": 1 - num_tokens / counter.decoder_tokens,
     }
-    if counter.source_tokens:  # ctranslate2 computes out of sight
-        figures["padding_share"] = 1 - counter.real_source_tokens / counter.source_tokens
-        figures["ended_share"] = 1 - num_tokens / counter.decoder_tokens
     sys.stdout.write("\n" + json.dumps({"figures": figures, "texts": by_dialogue}) + "\n")
 
 
