@@ -13,15 +13,17 @@ from pathlib import Path
 
 from demo.facts import random_training_summaries, read_facts, score_facts
 from utils.config import EvaluationConfig
-from utils.data import fingerprint, group_by_dialogue, load_rows
-from utils.generation import summarize_with_models
-from utils.launching import run_script, start_whole_models
-from utils.output_dir import check_output_dir
-from utils.partial_texts import remove_batches
-from utils.predictions import load_predictions
+from utils.data.rows import group_by_dialogue, load_rows
+from utils.files import fingerprint
+from utils.generation.partial_texts import remove_batches
+from utils.generation.summaries import summarize_with_models
+from utils.launch.output_dir import check_output_dir
+from utils.launch.processes import start_whole_models
+from utils.launch.script import run_script
 from utils.prompting import build_prompt
-from utils.report import show_report
-from utils.scoring import write_results
+from utils.scoring.predictions import load_predictions
+from utils.scoring.report import show_report
+from utils.scoring.results import write_results
 
 
 def main(config: EvaluationConfig):

@@ -9,20 +9,23 @@ python train_full.py --help                                       # every settin
 
 import torch
 
-from utils.checkpointing import Checkpointer
 from utils.config import TrainingConfig
-from utils.data import fingerprint, load_rows, tokenize_rows
-from utils.export import export_model
-from utils.launching import run_script, start_accelerator
-from utils.modeling import check_sizes, count_parameters, load_model, load_tokenizer
-from utils.optimization import build_lr_scheduler, build_optimizer, num_train_steps
-from utils.output_dir import check_output_dir
-from utils.preflight import report_preflight
+from utils.data.rows import load_rows
+from utils.data.tokens import tokenize_rows
+from utils.files import fingerprint
+from utils.launch.output_dir import check_output_dir
+from utils.launch.script import run_script
+from utils.modeling.export import export_model
+from utils.modeling.loading import check_sizes, count_parameters, load_model, load_tokenizer
+from utils.modeling.strategies import start_accelerator
 from utils.prompting import build_prompt
-from utils.report import plot_loss_curve
-from utils.run_identity import describe_run
-from utils.tracking import start_run
-from utils.training import train
+from utils.scoring.report import plot_loss_curve
+from utils.training.checkpoint_files import describe_run
+from utils.training.checkpointing import Checkpointer
+from utils.training.loop import train
+from utils.training.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.training.preflight import report_preflight
+from utils.training.tracking import start_run
 
 
 def main(config: TrainingConfig):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from demo.world import DAYS, WISHES
 from utils.config import EvaluationConfig, UserError
-from utils.data import read_file
+from utils.data.rows import read_file
 
 _SLOTS = {
     "a": r"(?P<a>#Person[12]#)",

@@ -27,7 +27,7 @@ while (($#)); do
 done
 set -- ${words[@]+"${words[@]}"}
 if [[ $config_file ]]; then
-    exports=$(python -m utils.launcher "$config_file")
+    exports=$(python -m utils.launch.launcher "$config_file")
     eval "$exports"
 fi
 

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from conftest import REPOSITORY, read_jsonl
 
 from utils.config import EvaluationConfig
-from utils.generation import generate_summaries
-from utils.launching import leave_process_group
-from utils.modeling import load_model, load_tokenizer
+from utils.generation.summaries import generate_summaries
+from utils.launch.processes import leave_process_group
+from utils.modeling.loading import load_model, load_tokenizer
 
 MODES = {
     "greedy": {},

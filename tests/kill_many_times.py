@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import REPOSITORY, make_rows, read_jsonl, write_flan_t5, write_rows
 from safetensors.torch import load_file
 
-from utils.checkpoint_files import find_checkpoints, verify_checkpoint
+from utils.launch.output_dir import find_checkpoints
+from utils.training.checkpoint_files import verify_checkpoint
 
 # The most calls of each function that a run of ten updates with a checkpoint every two makes, or nearly.
 NUM_CALLS = {

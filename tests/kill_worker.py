@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_full  # noqa: F401  what the children run, imported ahead
 import train_lora  # noqa: F401
-from utils import checkpoint_files
+from utils.training import checkpoint_files
 
 # Where each function of the writer lives. The replace and write_text of others, the export's too, are hit with these.
 POINTS = {

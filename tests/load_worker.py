@@ -11,9 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import TrainingConfig
-from utils.launching import leave_process_group, start_accelerator
-from utils.modeling import count_parameters, load_model
-from utils.strategies import gather_tensor
+from utils.launch.processes import leave_process_group
+from utils.modeling.loading import count_parameters, load_model
+from utils.modeling.sharding import gather_tensor
+from utils.modeling.strategies import start_accelerator
 
 
 def peak() -> float:

@@ -18,11 +18,11 @@ from transformers import T5ForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_full
-import utils.memory
-import utils.strategies
-import utils.training
+import utils.modeling.sharding
+import utils.training.batch_size
+import utils.training.loop
 from utils.config import TrainingConfig
-from utils.launching import leave_process_group
+from utils.launch.processes import leave_process_group
 
 SECONDS = 90  # of about 10: a process that waits in vain says where, and ends
 
@@ -33,7 +33,10 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
     met = {"batch_size": None, "num_turns": [], "refused_turns": []}
     turn = 0
     forward = T5ForConditionalGeneration.forward
-    find_batch_size, compute_gradient = utils.memory.find_batch_size, utils.memory.compute_gradient
+    find_batch_size, compute_gradient = (
+        utils.training.batch_size.find_batch_size,
+        utils.training.batch_size.compute_gradient,
+    )
 
     def limited_forward(model, input_ids=None, **inputs):
         nonlocal turn
@@ -55,10 +58,10 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
         met["num_turns"].append(len(micro_batches))
         return compute_gradient(accelerator, model, micro_batches, *arguments, **options)
 
-    utils.strategies.check_auto = lambda accelerator, config: None  # the CPU stands for a GPU
+    utils.modeling.strategies.check_auto = lambda accelerator, config: None  # the CPU stands for a GPU
     T5ForConditionalGeneration.forward = limited_forward
-    utils.training.find_batch_size = watched_find_batch_size
-    utils.memory.compute_gradient = watched_compute_gradient
+    utils.training.loop.find_batch_size = watched_find_batch_size
+    utils.training.batch_size.compute_gradient = watched_compute_gradient
     config = TrainingConfig(
         model_name_or_path=model_path, train_file=train_file, output_dir=output_dir, total_train_batch_size=20,
         per_device_train_batch_size="auto", mixed_precision="no", logging_steps=1, learning_rate=1e-4,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils.modeling
+import utils.modeling.loading
 
 
 def read_memory() -> int:
@@ -22,7 +22,7 @@ def read_memory() -> int:
 
 
 def main(folder: str, script: str):
-    load_model, taken, ended = utils.modeling.load_model, [], threading.Event()
+    load_model, taken, ended = utils.modeling.loading.load_model, [], threading.Event()
 
     def sample():
         while not ended.wait(0.002):
@@ -37,7 +37,7 @@ def main(folder: str, script: str):
             sampler.start()
         return load_model(*arguments, **keywords)
 
-    utils.modeling.load_model = watched_load_model
+    utils.modeling.loading.load_model = watched_load_model
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

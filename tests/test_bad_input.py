@@ -26,15 +26,15 @@ from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, GPT2Config, T
 import evaluate_rouge
 import train_full
 import train_lora
-from utils import launching
-from utils.command_line import parse_config
+import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
-from utils.data import load_rows
-from utils.launching import run_script
-from utils.lora import check_merge_dir
-from utils.output_dir import check_output_dir
+from utils.data.rows import load_rows
+from utils.launch.command_line import parse_config
+from utils.launch.output_dir import check_output_dir
+from utils.launch.script import run_script
+from utils.modeling.lora import check_merge_dir
 from utils.prompting import PROMPT_SUFFIX
-from utils.rouge import METRICS, score_texts
+from utils.scoring.rouge import METRICS, score_texts
 
 SCRIPTS = {
     "train_full": (train_full.main, TrainingConfig),
@@ -54,7 +54,9 @@ def start(script: str, *words: str | Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(launching, "leave_process_group", lambda: None)  # this process goes on, and obeys signals
+        patch.setattr(
+            utils.launch.script, "leave_process_group", lambda: None
+        )  # this process goes on, and obeys signals
         reset_accelerator_state()
         try:
             run_script(*SCRIPTS[script], f"{script}.yaml")
@@ -1156,7 +1158,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["evaluate_rouge.py"])
-    assert launching.run(main, EvaluationConfig, "evaluate_rouge.yaml") == 130
+    assert utils.launch.script.run(main, EvaluationConfig, "evaluate_rouge.yaml") == 130
     assert capsys.readouterr().err.splitlines() == ["evaluate_rouge.py: error: interrupted"]
 
 

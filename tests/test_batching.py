@@ -7,7 +7,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from utils.batching import (
+from utils.data.batching import (
     collate,
     cut_micro_batches,
     gradient_accumulation_steps,

@@ -32,11 +32,13 @@ from safetensors.torch import load_file
 
 import train_full
 import train_lora
-from utils import checkpoint_files, checkpointing, stopping, training
-from utils.checkpoint_files import CheckpointError, choose_checkpoint, find_checkpoints, verify_checkpoint
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
-from utils.launching import leave_process_group
-from utils.stopping import EXIT_STOPPED, StopRequest
+from utils.launch import stopping
+from utils.launch.output_dir import find_checkpoints, step_of
+from utils.launch.processes import leave_process_group
+from utils.launch.stopping import EXIT_STOPPED, StopRequest
+from utils.training import checkpoint_files, checkpointing, loop
+from utils.training.checkpoint_files import CheckpointError, choose_checkpoint, verify_checkpoint
 
 SCRIPTS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
@@ -86,7 +88,7 @@ def resume(kind: str, paths: dict[str, str], output_dir: Path, **settings) -> in
 @contextlib.contextmanager
 def acting_in_step(step: int, action):
     """Call `action` while `step` is being computed."""
-    select_examples = training.select_examples
+    select_examples = loop.select_examples
 
     def select_and_act(num_examples, total, seed, index):
         if index == step - 1:
@@ -94,7 +96,7 @@ def acting_in_step(step: int, action):
         return select_examples(num_examples, total, seed, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "select_examples", select_and_act)
+        patch.setattr(loop, "select_examples", select_and_act)
         yield
 
 
@@ -173,7 +175,7 @@ def test_stopped_by_time(paths, never_stopped, tmp_path):
 
 
 def test_a_validation_is_left_early(paths, never_stopped, tmp_path):
-    evaluate_loss = training.evaluate_loss
+    evaluate_loss = loop.evaluate_loss
 
     def ask_and_evaluate(accelerator, model, data, config, stop):
         if (tmp_path / "out" / "checkpoints" / "best_step_000004").exists():
@@ -181,7 +183,7 @@ def test_a_validation_is_left_early(paths, never_stopped, tmp_path):
         return evaluate_loss(accelerator, model, data, config, stop)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "evaluate_loss", ask_and_evaluate)
+        patch.setattr(loop, "evaluate_loss", ask_and_evaluate)
         assert train("full", paths, tmp_path / "out") == EXIT_STOPPED
     assert find_checkpoints(tmp_path / "out")[0].name == "step_000008"
     assert read_record(tmp_path / "out")[-1][:2] == (6, "train")
@@ -615,7 +617,7 @@ def test_rotation(paths, tmp_path, monkeypatch, limit):
 
     def look_and_remove(folder):
         kept.append([path.name for path in find_checkpoints(tmp_path / "out")])
-        assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] > checkpoint_files.step_of(folder)
+        assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] > step_of(folder)
         remove_checkpoint(folder)
 
     monkeypatch.setattr(checkpointing, "remove_checkpoint", look_and_remove)
@@ -661,8 +663,8 @@ def test_the_best_is_exported(paths, tmp_path, monkeypatch, kind, stop_step):
         seen[step] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         return {"loss": [6.0, *losses.values()][step], "num_examples": 9, "num_target_tokens": 100}
 
-    monkeypatch.setattr(training, "evaluate_loss", evaluate_loss)
-    monkeypatch.setattr(training, "log_validation", skip_all_but(losses, training.log_validation))
+    monkeypatch.setattr(loop, "evaluate_loss", evaluate_loss)
+    monkeypatch.setattr(loop, "log_validation", skip_all_but(losses, loop.log_validation))
     settings = {"eval_steps": 2, "load_best_model_at_end": True}
     if stop_step:
         assert stop_in_step(stop_step, kind, paths, tmp_path / "out", **settings) == EXIT_STOPPED
@@ -691,7 +693,7 @@ def test_a_best_that_cannot_be_written(paths, tmp_path, monkeypatch, caplog):
     values = iter([6.0, *losses.values()])
     monkeypatch.setattr(checkpoint_files, "save_file", fail_at_eight)
     monkeypatch.setattr(
-        training, "evaluate_loss", lambda *_: {"loss": next(values), "num_examples": 9, "num_target_tokens": 100}
+        loop, "evaluate_loss", lambda *_: {"loss": next(values), "num_examples": 9, "num_target_tokens": 100}
     )
     assert train("full", paths, tmp_path / "out", load_best_model_at_end=True) == 0
     assert "the best model, of step 8, could not be kept" in caplog.text
@@ -708,7 +710,7 @@ def test_the_best_by_rouge(paths, tmp_path, monkeypatch):
         scored.append((predictions, references))
         return {"rougeL": [[next(values)] for _ in predictions[:1]]}
 
-    monkeypatch.setattr(training, "score_texts", score_texts)
+    monkeypatch.setattr(loop, "score_texts", score_texts)
     assert train("full", paths, tmp_path / "out", metric_for_best_model="rougeL") == 0
     lines = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "validation"]
     assert [line["rougeL"] for line in lines] == [0.1, 0.2, 0.4, 0.3]
@@ -786,7 +788,7 @@ def test_the_best_is_that_of_the_lowest_loss(never_stopped):
     for folder in never_stopped.values():
         losses = {step: loss for step, split, loss, _ in read_record(folder) if split == "validation" and step}
         [best] = find_checkpoints(folder, "best_step")
-        assert checkpoint_files.step_of(best) == min(losses, key=losses.get)
+        assert step_of(best) == min(losses, key=losses.get)
         verify_checkpoint(best)
         assert not (best / "optimizer.safetensors").exists()
 

@@ -7,10 +7,11 @@ from conftest import DIALOGSUM, make_rows
 from test_models import write_bart
 from transformers import AutoTokenizer
 
-from utils.batching import measure_lengths
 from utils.config import EvaluationConfig, TrainingConfig
-from utils.data import group_by_dialogue, load_rows, tokenize_prompts, tokenize_rows
-from utils.modeling import load_tokenizer
+from utils.data.batching import measure_lengths
+from utils.data.rows import group_by_dialogue, load_rows
+from utils.data.tokens import tokenize_prompts, tokenize_rows
+from utils.modeling.loading import load_tokenizer
 from utils.prompting import build_prompt
 
 TOKENIZER = DIALOGSUM.parent / "t5-tokenizer"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.diagnostics import describe_text, describe_texts, find_fragments, split_words
+from utils.scoring.diagnostics import describe_text, describe_texts, find_fragments, split_words
 
 DIALOGUE = "#Person1#: The cat sat on the mat. #Person2#: Where did the dog sit?"
 

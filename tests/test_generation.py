@@ -18,12 +18,12 @@ from conftest import REPOSITORY, make_rows, read_jsonl, run_script
 from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
-from utils.batching import deal
 from utils.config import EvaluationConfig, UserError
-from utils.decoding import decode_batch
-from utils.generation import cut_batches, estimate_cost, generate_summaries
-from utils.modeling import load_model, load_tokenizer
-from utils.partial_texts import Summary, append_batch, read_batches, remove_batches
+from utils.data.batching import deal
+from utils.generation.decoding import decode_batch
+from utils.generation.partial_texts import Summary, append_batch, read_batches, remove_batches
+from utils.generation.summaries import cut_batches, estimate_cost, generate_summaries
+from utils.modeling.loading import load_model, load_tokenizer
 from utils.prompting import build_prompt
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, read_jsonl, run_command, run_script
 
-from utils import launching
+import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
-from utils.launcher import check_launcher, config_environment
+from utils.launch.launcher import check_launcher, config_environment
 
 no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="how it is where there is no GPU")
 MULTI_CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}
@@ -72,8 +72,8 @@ def test_a_script_starts_with_settings_for_gpus(monkeypatch, script, setting):
 
     monkeypatch.setattr(sys, "argv", [script])
     config_class = {"train_full.py": TrainingConfig, "train_lora.py": LoraTrainingConfig}.get(script, EvaluationConfig)
-    monkeypatch.setattr(launching, "leave_process_group", lambda: None)
-    launching.run_script(main, config_class, f"{Path(script).stem}.yaml")
+    monkeypatch.setattr(utils.launch.script, "leave_process_group", lambda: None)
+    utils.launch.script.run_script(main, config_class, f"{Path(script).stem}.yaml")
     expected = {setting: "max_split_size_mb:64"} if setting else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert seen == [expected, False]
 

@@ -18,12 +18,12 @@ from test_training import train_in_process
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import train_lora
-import utils.lora
+import utils.modeling.lora
 from utils.config import LoraTrainingConfig, UserError
-from utils.lora import add_lora, check_4bit
-from utils.modeling import count_parameters, keep_untied_head, load_model
-from utils.optimization import build_lr_scheduler, build_optimizer
-from utils.run_identity import fingerprint_model
+from utils.modeling.loading import count_parameters, keep_untied_head, load_model
+from utils.modeling.lora import add_lora, check_4bit
+from utils.training.checkpoint_files import fingerprint_model
+from utils.training.optimization import build_lr_scheduler, build_optimizer
 
 VARIANTS = {
     "rslora": {"use_rslora": True},
@@ -282,7 +282,7 @@ def test_four_bits_are_refused_where_they_cannot_be(flan_t5, data_files, tmp_pat
     reason = "train_lora.py: error: --load_in_4bit needs a GPU, and there is none; leave it out"
     assert [line for line in run.stderr.splitlines() if "error" in line] == [reason]
     on_gpu = {"device": torch.device("cuda"), "distributed_type": DistributedType.NO}
-    monkeypatch.setattr(utils.lora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(utils.modeling.lora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; pip install -r requirements-4bit.txt"):
         check_4bit(SimpleNamespace(**on_gpu))
     for strategy in (DistributedType.DEEPSPEED, DistributedType.FSDP):

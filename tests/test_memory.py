@@ -29,7 +29,7 @@ from utils.prompting import build_prompt
 @pytest.fixture
 def set_memory(monkeypatch):
     """A function that sets how many source tokens, padding included, fit into a forward pass from call `first` on."""
-    monkeypatch.setattr("utils.strategies.check_auto", lambda accelerator, config: None)
+    monkeypatch.setattr("utils.modeling.strategies.check_auto", lambda accelerator, config: None)
     forward = T5ForConditionalGeneration.forward
 
     def limit(num_tokens: int, first: int = 0, last: float = float("inf")):

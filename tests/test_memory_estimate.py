@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32
 from transformers import AutoModelForSeq2SeqLM
 
-from utils.memory_estimate import LiveBytes, MicroBatch, count_bytes, fake_model, measure_micro_batch
+from utils.training.memory_estimate import LiveBytes, MicroBatch, count_bytes, fake_model, measure_micro_batch
 
 MICRO_BATCHES = (MicroBatch(3, 40, 9, 110, 25), MicroBatch(1, 1, 1, 0, 0))
 

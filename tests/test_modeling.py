@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Tokenizer
 
 from utils.config import LoraTrainingConfig
-from utils.export import compare_with_folder, export_model, save_tokenizer
-from utils.lora import add_lora
-from utils.modeling import check_head, count_parameters, load_model, load_tokenizer
+from utils.modeling.export import compare_with_folder, export_model, save_tokenizer
+from utils.modeling.loading import check_head, count_parameters, load_model, load_tokenizer
+from utils.modeling.lora import add_lora
 
 
 def test_parameters_of_flan_t5_base(tmp_path):

@@ -166,7 +166,7 @@ def test_a_disk_too_small_for_the_merged_model(flan_t5, data_files, tmp_path, sm
 
 
 def test_memory_too_small(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.preflight.measure_free_memory", lambda accelerator: 1_000_000)
+    monkeypatch.setattr("utils.training.preflight.measure_free_memory", lambda accelerator: 1_000_000)
     with pytest.raises(UserError, match="out of memory: a process is estimated to need .* MB, and 1 MB are free"):
         start()
     assert os.listdir(tmp_path) == []

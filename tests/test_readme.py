@@ -10,8 +10,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_rows, write_rows
 
-from utils.command_line import parse_config
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
+from utils.launch.command_line import parse_config
 
 RUN_ELSEWHERE = {
     ".ci/run": ["pip install -r requirements-dev.txt && pytest"],
@@ -104,8 +104,14 @@ def test_commands_for_own_data(flan_t5, tmp_path):
 
 
 def test_every_module_is_listed():
-    listed = re.findall(r"^  (\w+\.py) ", (REPOSITORY / "README.md").read_text(), flags=re.MULTILINE)
-    assert sorted([*listed, "__init__.py"]) == sorted(path.name for path in (REPOSITORY / "utils").glob("*.py"))
+    """Each under its wing, and the wings in the order in which they may import."""
+    listed, wing = [], ""
+    for line in (REPOSITORY / "README.md").read_text().splitlines():
+        if match := re.match(r"^( {2,4})(\w+)(/|\.py)", line):
+            wing = match[2] if match[3] == "/" else wing * (match[1] == "    ")
+            listed += [f"{wing}/{match[2]}.py".strip("/")] if match[3] == ".py" else []
+    modules = {str(path.relative_to(REPOSITORY / "utils")) for path in (REPOSITORY / "utils").rglob("*.py")}
+    assert sorted(listed) == sorted(name for name in modules if "__init__" not in name)
 
 
 def test_settings_named_in_readme_exist():

@@ -9,9 +9,9 @@ import pytest
 from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
 
 from utils.config import UserError
-from utils.html_report import build_page, escape_json
-from utils.report import format_markdown, format_table, has_color, read_results
-from utils.tables import Table, describe_differences
+from utils.scoring.html_report import build_page, escape_json
+from utils.scoring.report import format_markdown, format_table, has_color, read_results
+from utils.scoring.tables import Table, describe_differences
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{data}} &lt;"

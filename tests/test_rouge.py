@@ -8,8 +8,8 @@ import pytest
 from conftest import DIALOGSUM, make_rows
 from rouge_score.rouge_scorer import RougeScorer
 
-from utils import rouge
-from utils.rouge import METRICS, PROTOCOLS, bootstrap, compare_models, score_texts, split_sentences
+from utils.scoring import rouge
+from utils.scoring.rouge import METRICS, PROTOCOLS, bootstrap, compare_models, score_texts, split_sentences
 
 REFERENCES = [
     ["the cat sat on the mat", "a cat sat"],

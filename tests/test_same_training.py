@@ -9,7 +9,7 @@ from conftest import make_rows, relative_difference, run_script, write_flan_t5, 
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from utils.batching import select_examples
+from utils.data.batching import select_examples
 from utils.prompting import build_prompt
 
 LEARNING_RATE = 1e-4

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import train_lora
-from utils import launching
+import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
-from utils.output_dir import RUN_FILES, RUN_FOLDERS
+from utils.launch.output_dir import RUN_FILES, RUN_FOLDERS
 from utils.prompting import build_prompt
 
 CONFIGS = {
@@ -60,7 +60,9 @@ def test_a_script_is_short_enough_to_read(script):
 @pytest.mark.parametrize("script", CONFIGS)
 def test_help_names_every_setting(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
-    monkeypatch.setattr(launching, "leave_process_group", lambda: None)  # this process goes on, and obeys signals
+    monkeypatch.setattr(
+        utils.launch.script, "leave_process_group", lambda: None
+    )  # this process goes on, and obeys signals
     runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     printed, log = capsys.readouterr()
     assert log == ""

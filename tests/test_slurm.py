@@ -200,7 +200,7 @@ def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_pa
     assert relative_difference(adapter, expected) < 1e-5  # sums in another order, of which AdamW shows what is near 0
 
 
-@pytest.mark.parametrize("word", ["utils.launcher", "train_lora.py"])
+@pytest.mark.parametrize("word", ["utils.launch.launcher", "train_lora.py"])
 def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
     """While the config file is read, or the script is being started: it is queued again, and goes on."""
     log, num_steps = tmp_path / "log", 300  # trained for longer than the five seconds that launch.sh may wait
@@ -210,7 +210,7 @@ def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
     cluster.wait_for(job, "SLURM_PROCID=0", word)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: cluster.show(job)["Restarts"] == "1", 60, log.read_text)
-    if word == "utils.launcher":  # launch.sh waits until its processes are there, which hold the signal back
+    if word == "utils.launch.launcher":  # launch.sh waits until its processes are there, which hold the signal back
         assert "; go on with --resume_from_checkpoint latest" in log.read_text()
     fields = cluster.finish(job, 120)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()

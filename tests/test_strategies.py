@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from utils.batching import select_examples
+from utils.data.batching import select_examples
 from utils.prompting import build_prompt
 
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 12, 1e-3

@@ -19,14 +19,15 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 
 import train_full
 import train_lora
-import utils.loss
+import utils.training.loss
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
-from utils.data import load_rows, tokenize_rows
-from utils.lora import add_lora
-from utils.loss import compute_gradient, load_batches
-from utils.modeling import load_model, load_tokenizer
+from utils.data.rows import load_rows
+from utils.data.tokens import tokenize_rows
+from utils.modeling.loading import load_model, load_tokenizer
+from utils.modeling.lora import add_lora
+from utils.modeling.sharding import clip_gradient
 from utils.prompting import build_prompt
-from utils.strategies import clip_gradient
+from utils.training.loss import compute_gradient, load_batches
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,7 @@ def test_validation_loss_is_per_target_token(flan_t5, data_files, tmp_path):
 def test_a_loss_for_training_alone_is_not_validations(flan_t5, data_files, tmp_path, monkeypatch):
     settings = {"max_train_steps": 1, "mixed_precision": "no"}
     plain = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "plain", **settings)
-    compute_training_loss = utils.loss.compute_training_loss
+    compute_training_loss = utils.training.loss.compute_training_loss
     monkeypatch.setattr(utils.loss, "compute_training_loss", lambda *given: 2 * compute_training_loss(*given))
     twice = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "twice", **settings)
     assert twice["train"][0]["loss"] == 2 * plain["train"][0]["loss"]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a disk says that takes no more."""
+"""Files that are written atomically, the hashes of values and files, and a disk that takes no more."""
 
 import contextlib
 import errno
@@ -74,3 +74,12 @@ def flush_to_disk(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

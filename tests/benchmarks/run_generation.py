@@ -22,11 +22,11 @@ from transformers import DataCollatorWithPadding, Seq2SeqTrainer, Seq2SeqTrainin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from utils.config import EvaluationConfig
-from utils.data import tokenize_prompts
-from utils.generation import generate_summaries
-from utils.launching import start_logging
-from utils.modeling import load_model, load_tokenizer
-from utils.tracking import measure_peak_memory
+from utils.data.tokens import tokenize_prompts
+from utils.generation.summaries import generate_summaries
+from utils.launch.script import start_logging
+from utils.modeling.loading import load_model, load_tokenizer
+from utils.training.tracking import measure_peak_memory
 
 MAX_NEW_TOKENS = 128
 

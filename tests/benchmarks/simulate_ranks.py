@@ -4,8 +4,8 @@
 
 Steps are drawn from the lengths of the dialogues in TRAIN_FILE (a csv), with replacement where it has too few.
 `efficiency` is real over computed tokens; `balance` is the mean over the largest cost of the ranks in a turn
-(utils.batching.micro_batch_cost): 1 means that no rank waits. Their product is the share of the machines' time that
-goes into real tokens. `plan_seconds` is one rank's. Writes simulate_ranks.json and simulate_ranks.png, in 20
+(micro_batch_cost): 1 means that no rank waits. Their product is the share of the machines' time that goes into real
+tokens. `plan_seconds` is one rank's. Writes simulate_ranks.json and simulate_ranks.png, in 20
 minutes.
 """
 
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.batching import gradient_accumulation_steps, micro_batch_cost, plan_micro_batches
+from utils.data.batching import gradient_accumulation_steps, micro_batch_cost, plan_micro_batches
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -11,10 +11,10 @@ from accelerate import PartialState
 from matplotlib.figure import Figure
 
 from utils.config import EvaluationConfig, UserError
-from utils.data import parse_json, read_file
+from utils.data.rows import parse_json, read_file
 from utils.files import describe_file, write_file
-from utils.html_report import build_page
-from utils.tables import Table, build_tables
+from utils.scoring.html_report import build_page
+from utils.scoring.tables import Table, build_tables
 
 ANSI = {"head": "1", "best": "1;32", "above": "32", "below": "31", "noise": "2"}
 

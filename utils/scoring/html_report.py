@@ -13,9 +13,9 @@ from typing import Any
 
 import vl_convert
 
-from utils.diagnostics import split_words
-from utils.rouge import METRICS, PROTOCOLS
-from utils.tables import (
+from utils.scoring.diagnostics import split_words
+from utils.scoring.rouge import METRICS, PROTOCOLS
+from utils.scoring.tables import (
     Table,
     build_costs,
     build_diagnostics,

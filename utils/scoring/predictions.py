@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import UserError, check_model_name
-from utils.data import check_encodable, read_file
+from utils.data.rows import check_encodable, read_file
 
 WORDS = {"true": True, "false": False, "": None}
 NUM_NAMED = 5  # ids that an error lists

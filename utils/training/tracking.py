@@ -1,26 +1,23 @@
 """What a run says while it goes on: the console, metrics.jsonl, run_manifest.json and a tracker."""
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import platform
 import resource
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from utils.config import REPOSITORY, TrainingConfig
+from utils.config import TrainingConfig
 from utils.files import append_line, write_json
-from utils.output_dir import clear_output_dir, is_in
-from utils.strategies import name_strategy
+from utils.launch.output_dir import clear_output_dir, is_in
+from utils.launch.script import describe_software
+from utils.modeling.strategies import name_strategy
 
 logger = logging.getLogger(__name__)
-LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")
 FEW_STEPS = 20
 unwritten = []  # lines of metrics.jsonl that the disk has not taken yet
 
@@ -51,19 +48,6 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
             name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
         }
         accelerator.init_trackers("dialogsum", flat)
-
-
-def describe_software() -> dict[str, Any]:
-    commit = None
-    if shutil.which("git"):
-        words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]  # HASH, or HASH-dirty
-        git = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() if git.returncode == 0 else None
-    return {
-        "library_versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "python_version": platform.python_version(),
-        "git_commit": commit,
-    }
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):

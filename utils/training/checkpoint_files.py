@@ -10,6 +10,7 @@
 Weights are safetensors and the rest is JSON: nothing that is loaded can run code.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -23,29 +24,15 @@ import torch
 from safetensors.torch import save_file
 
 from utils.config import TrainingConfig, UserError
-from utils.files import describe_file, flush_to_disk, raise_disk_errors
+from utils.files import describe_file, flush_to_disk, hash_json, raise_disk_errors
+from utils.launch.output_dir import UNFINISHED, find_checkpoints
+from utils.modeling.sharding import gather_tensor
 
 logger = logging.getLogger(__name__)
-UNFINISHED = ".unfinished"
 
 
 class CheckpointError(Exception):
     """A checkpoint is not what was written; the text says which file and why."""
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("_")[2])
-
-
-def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
-    """Finished checkpoints, the newest first. `kind` is step or best_step."""
-    folder = Path(output_dir) / "checkpoints"
-    found = [path for path in folder.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def has_checkpoint(output_dir: str | Path, step: int) -> bool:
-    return any(step_of(path) == step for path in find_checkpoints(output_dir))
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, metrics: bytes):
@@ -76,10 +63,6 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -157,3 +140,39 @@ def remove_checkpoint(folder: Path):
         shutil.rmtree(unfinished)
     except OSError as error:
         logger.warning("%s could not be removed: %s", folder, error.strerror)
+
+
+# Settings that may change when a run goes on. With another value of any other it would be another run; a new setting
+# counts as one of those until it is named here. Of model, data and length the fingerprints and counts tell.
+FREE_SETTINGS = {
+    "model_name_or_path", "dataset_name", "train_file", "validation_file", "test_file", "dialogue_column",
+    "summary_column", "max_train_samples", "max_eval_samples", "num_train_epochs", "max_train_steps", "demo",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "attn_implementation", "gradient_checkpointing",
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "merge_into",
+    "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "max_time", "preflight", "report_to",
+}  # fmt: skip
+
+
+def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that goes on from it, beside its data and its number of steps."""
+    return {**identity_settings(config), "model_fingerprint": fingerprint_model(model)}
+
+
+def identity_settings(config: TrainingConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
+
+
+def fingerprint_model(model: torch.nn.Module) -> str:
+    """Of the weights that training starts from, without a LoRA adapter's: names, shapes and sums of their bits."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            parameter = gather_tensor(parameter)
+            bits = parameter.contiguous().view(
+                {1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.element_size()]
+            )
+            # In pieces, of which the sum makes a copy in 64 bits.
+            total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.flatten().split(2**20))
+            digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
+    return digest.hexdigest()[:16]

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any, NamedTuple
 
-from utils.rouge import METRICS, NUM_DRAWS, PROTOCOLS
+from utils.scoring.rouge import METRICS, NUM_DRAWS, PROTOCOLS
 
 FEW_DIALOGUES = 100  # below that, intervals are a warning more than a result
 TOO_FEW_DIALOGUES = 10  # below that, drawing from them says nothing of other dialogues

@@ -22,9 +22,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from utils.config import EvaluationConfig, TrainingConfig, UserError
-from utils.hub import explain_hub_errors
-from utils.shapes import load_shapes
-from utils.strategies import gather_tensor, whole_shape, zero3_loads_in
+from utils.launch.hub import explain_hub_errors
+from utils.modeling.shapes import load_shapes
+from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer*", "spiece.model")

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 
-from utils.batching import collate, measure_lengths, plan_pass
 from utils.config import TrainingConfig
-from utils.stopping import StopRequest
-from utils.strategies import accumulate, backward, evaluating
+from utils.data.batching import collate, measure_lengths, plan_pass
+from utils.launch.stopping import StopRequest
+from utils.modeling.sharding import accumulate, backward, evaluating
 
 NUM_BATCHES_AHEAD = 32
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import logging
 import math
 import time
 from collections import Counter
@@ -16,22 +15,20 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
-from utils.checkpointing import Checkpointer
 from utils.config import EvaluationConfig, TrainingConfig, UserError
-from utils.decoding import decode_batch
-from utils.export import export_model
-from utils.generation import generate_texts
-from utils.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
-from utils.memory import compute_gradient_in_memory, find_batch_size
-from utils.modeling import check_head, count_flops_per_token
-from utils.optimization import num_train_steps
-from utils.rouge import score_texts
-from utils.stopping import StopRequest
-from utils.strategies import evaluating, update
-from utils.tracking import finish_trackers, log_metrics, measure_peak_memory
-
-logger = logging.getLogger(__name__)
+from utils.data.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
+from utils.generation.decoding import decode_batch
+from utils.generation.summaries import generate_texts
+from utils.launch.stopping import StopRequest
+from utils.modeling.export import export_model
+from utils.modeling.loading import check_head, count_flops_per_token
+from utils.modeling.sharding import evaluating, update
+from utils.scoring.rouge import score_texts
+from utils.training.batch_size import compute_gradient_in_memory, find_batch_size
+from utils.training.checkpointing import Checkpointer
+from utils.training.loss import compute_gradient, evaluate_loss, find_bad_examples, load_batches
+from utils.training.optimization import num_train_steps
+from utils.training.tracking import finish_trackers, log_metrics, measure_peak_memory
 
 
 def train(

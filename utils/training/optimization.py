@@ -6,9 +6,9 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from transformers import get_scheduler
 
-from utils.batching import num_steps_per_epoch
 from utils.config import TrainingConfig
-from utils.strategies import whole_shape
+from utils.data.batching import num_steps_per_epoch
+from utils.modeling.sharding import whole_shape
 
 
 def num_train_steps(config: TrainingConfig, num_examples: int) -> int:

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.batching import collate
 from utils.config import LoraTrainingConfig, UserError
-from utils.export import write_model
-from utils.modeling import load_model
-from utils.output_dir import check_path, check_writable, find_run_files
-from utils.strategies import is_sharded, whole_models
+from utils.launch.output_dir import check_path, check_writable, find_run_files
+from utils.modeling.export import write_model
+from utils.modeling.loading import load_model
+from utils.modeling.sharding import whole_models
+from utils.modeling.strategies import is_sharded
 
 logger = logging.getLogger(__name__)
 NUM_COMPARED = 4  # training examples that the merged model must agree on
@@ -127,6 +127,8 @@ def merge_adapter(
 @torch.no_grad()
 def compute_logits(model: torch.nn.Module, data: datasets.Dataset) -> torch.Tensor:
     """(target tokens, vocabulary), of the first NUM_COMPARED examples."""
-    batch = collate(data[:NUM_COMPARED], model.config.pad_token_id)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    return model(**inputs).logits.flatten(0, 1)[batch["target_positions"]]
+    logits = [
+        model(input_ids=torch.tensor([example["input_ids"]]), labels=torch.tensor([example["labels"]])).logits[0]
+        for example in data.select(range(min(NUM_COMPARED, len(data))))
+    ]
+    return torch.cat(logits)

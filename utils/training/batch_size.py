@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from utils.batching import collate
 from utils.config import TrainingConfig, UserError
-from utils.loss import compute_gradient, compute_target_logits, compute_training_loss
+from utils.data.batching import collate
+from utils.training.loss import compute_gradient, compute_target_logits, compute_training_loss
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from utils.config import TrainingConfig, parse_duration
-from utils.launcher import find_launch_words
+from utils.launch.launcher import find_launch_words
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 PR_SET_PDEATHSIG = 1

@@ -9,12 +9,12 @@ from typing import Any
 from accelerate import PartialState
 
 from utils.config import EvaluationConfig
-from utils.cost import read_training
-from utils.diagnostics import describe_texts
 from utils.files import describe_file, write_json, write_jsonl
-from utils.rouge import compare_models, score_texts
-from utils.tables import describe_differences, pair_comparisons
-from utils.tracking import describe_software
+from utils.launch.script import describe_software
+from utils.scoring.cost import read_training
+from utils.scoring.diagnostics import describe_texts
+from utils.scoring.rouge import compare_models, score_texts
+from utils.scoring.tables import describe_differences, pair_comparisons
 
 logger = logging.getLogger(__name__)
 

@@ -22,22 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
-from utils.checkpoint_files import (
-    UNFINISHED,
-    choose_checkpoint,
-    find_best,
-    find_checkpoints,
-    has_checkpoint,
-    remove_checkpoint,
-    step_of,
-    write_checkpoint,
-)
 from utils.config import TrainingConfig, UserError
 from utils.files import write_file
-from utils.output_dir import lock_folder
-from utils.stopping import EXIT_STOPPED, StopRequest
-from utils.strategies import gather_moments, gather_tensor, name_strategy, set_moments, set_parameter
-from utils.tracking import finish_trackers
+from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_folder, step_of
+from utils.launch.stopping import EXIT_STOPPED, StopRequest
+from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
+from utils.modeling.strategies import name_strategy
+from utils.training.checkpoint_files import choose_checkpoint, find_best, remove_checkpoint, write_checkpoint
+from utils.training.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
 SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # what an open interval sums per process; the rest is alike

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.checkpoint_files import find_checkpoints
 from utils.config import UserError
 from utils.files import raise_disk_errors, write_json
-from utils.modeling import keep_untied_head
-from utils.strategies import gather_tensor, whole_models
+from utils.launch.output_dir import find_checkpoints
+from utils.modeling.loading import keep_untied_head
+from utils.modeling.sharding import gather_tensor, whole_models
 
 logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "adapter_config.json")

@@ -12,12 +12,13 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.batching import deal, micro_batch_cost
 from utils.config import EvaluationConfig
-from utils.data import describe_tokenizer, fingerprint, tokenize_prompts
-from utils.decoding import decode_batch
-from utils.modeling import check_folder, check_sizes, load_model, load_tokenizer
-from utils.partial_texts import Summary, append_batch, hash_model, read_batches
+from utils.data.batching import deal, micro_batch_cost
+from utils.data.tokens import describe_tokenizer, tokenize_prompts
+from utils.files import fingerprint
+from utils.generation.decoding import decode_batch
+from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
+from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 NUM_BATCHES, MIN_PROMPTS = 16, 16

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from utils.checkpoint_files import UNFINISHED, find_checkpoints
 from utils.config import UserError
 
 RUN_FILES = (
@@ -123,3 +122,21 @@ def lock_folder(folder: Path, setting: str) -> int:
     except OSError:
         pass
     return descriptor
+
+
+UNFINISHED = ".unfinished"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("_")[2])
+
+
+def find_checkpoints(output_dir: str | Path, kind: str = "step") -> list[Path]:
+    """Finished checkpoints, the newest first. `kind` is step or best_step."""
+    folder = Path(output_dir) / "checkpoints"
+    found = [path for path in folder.glob(f"{kind}_*") if re.fullmatch(rf"{kind}_\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def has_checkpoint(output_dir: str | Path, step: int) -> bool:
+    return any(step_of(path) == step for path in find_checkpoints(output_dir))

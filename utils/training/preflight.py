@@ -18,15 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from utils.batching import measure_lengths, plan_pass, plan_steps
-from utils.checkpoint_files import choose_checkpoint
 from utils.config import TrainingConfig, UserError
-from utils.memory_estimate import MicroBatch, count_bytes, estimate_memory
-from utils.modeling import count_parameters
-from utils.output_dir import find_existing, find_run_files
-from utils.run_identity import identity_settings
-from utils.shapes import is_at_hand
-from utils.strategies import name_strategy
+from utils.data.batching import measure_lengths, plan_pass, plan_steps
+from utils.launch.output_dir import find_existing, find_run_files
+from utils.modeling.loading import count_parameters
+from utils.modeling.shapes import is_at_hand
+from utils.modeling.strategies import name_strategy
+from utils.training.checkpoint_files import choose_checkpoint, identity_settings
+from utils.training.memory_estimate import MicroBatch, count_bytes, estimate_memory
 
 NUM_STEPS_PLANNED = 50
 

@@ -1,0 +1,81 @@
+"""Prompts and summaries to tokens, made once and cached on the disk."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from utils.config import UserError
+from utils.files import fingerprint
+from utils.prompting import PROMPT_SUFFIX, build_prompt
+
+logger = logging.getLogger(__name__)
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All that decides which tokens it makes, but for what a call leaves behind in it."""
+    if not tokenizer.is_fast:
+        return [repr(tokenizer), tokenizer.get_vocab()]
+    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+
+
+def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list, list]:
+    """(input_ids, lengths before truncation) of each dialogue's prompt; truncation cuts the dialogue's end, never
+    the words after it that ask for the summary."""
+    suffix_ids = tokenizer(PROMPT_SUFFIX).input_ids
+    if suffix_ids[0] == tokenizer.bos_token_id:  # BART's, which starts a text
+        suffix_ids = suffix_ids[1:]
+    if max_length <= len(suffix_ids):
+        raise UserError(f"--max_source_length must be over {len(suffix_ids)}, got {max_length}")
+    prompt_ids = tokenizer([build_prompt(dialogue) for dialogue in dialogues]).input_ids
+    cut = [ids if len(ids) <= max_length else ids[: max_length - len(suffix_ids)] + suffix_ids for ids in prompt_ids]
+    return cut, [len(ids) for ids in prompt_ids]
+
+
+def tokenize_rows(
+    accelerator: Accelerator, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, config: Any, split: str
+) -> datasets.Dataset:
+    """The rows as `id`, `input_ids` (at most max_source_length) and `labels` (at most max_target_length), in their
+    order, with `uncut_source_length` and `uncut_target_length`, in tokens. The main process tokenises and writes them
+    to the cache of `datasets`; the others read them there."""
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        input_ids, source_lengths = tokenize_prompts(batch["dialogue"], tokenizer, config.max_source_length)
+        full = tokenizer(text_target=batch["summary"]).input_ids
+        limit = config.max_target_length
+        # By hand, since truncation=True stays set in the tokenizer and would change the cache's key. The end is kept.
+        cut = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in full]
+        return {
+            "input_ids": input_ids, "labels": cut,
+            "uncut_source_length": source_lengths, "uncut_target_length": [len(ids) for ids in full],
+        }  # fmt: skip
+
+    content = fingerprint(
+        rows,
+        build_prompt("{}"),
+        describe_tokenizer(tokenizer),
+        config.max_source_length,
+        config.max_target_length,
+    )
+    cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
+    with accelerator.main_process_first():
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        tokens = datasets.Dataset.from_list(rows).map(
+            tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split
+        )
+    source_lengths, target_lengths = np.array(tokens["uncut_source_length"]), np.array(tokens["uncut_target_length"])
+    if accelerator.is_main_process:
+        logger.info(
+            "%s: %d examples, source tokens mean %.0f longest %d, target tokens mean %.0f longest %d, "
+            "truncated: %d sources at %d, %d targets at %d",
+            split, len(tokens), source_lengths.mean(), source_lengths.max(),
+            target_lengths.mean(), target_lengths.max(),
+            (source_lengths > config.max_source_length).sum(), config.max_source_length,
+            (target_lengths > config.max_target_length).sum(), config.max_target_length,
+        )  # fmt: skip
+    return tokens

@@ -1,0 +1,1 @@
+"""Summaries: each distinct prompt once, decoded without texts that have ended, finished batches kept."""

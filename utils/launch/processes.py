@@ -1,0 +1,80 @@
+"""The processes of a run, and how they leave."""
+
+import gc
+import logging
+import os
+import signal
+import time
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from utils.config import UserError
+
+logger = logging.getLogger(__name__)
+FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
+                "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_DYNAMO_BACKEND",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # fmt: skip
+
+
+def leave_process_group():
+    """To be called when the run's objects are gone, before Python ends; signals are ignored from here on.
+
+    gloo's threads need Python's lock to free the tensors of their last work: if Python has gone by then they abort,
+    and if DDP is the last to hold the group it waits for them with the lock in its hand.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        # There is nothing left to stop. Python would put back the default, of which a process dies on its way out.
+        signal.signal(number, signal.SIG_IGN)
+    if torch.distributed.is_initialized():
+        gc.collect()  # what is in reference cycles, DDP among it
+        time.sleep(0.1)  # gloo's threads get the lock
+        torch.distributed.destroy_process_group()
+
+
+def start_whole_models() -> Accelerator:
+    """The processes of an evaluation, which each hold a whole model: how a training is sharded, compiled or rounded
+    does not matter."""
+    for name in FOR_TRAINING:
+        os.environ.pop(name, None)
+    return start_processes(mixed_precision="no")
+
+
+def start_processes(**settings: object) -> Accelerator:
+    """The Accelerator of all the processes that the launcher started. UserError where it cannot be what was asked."""
+    asked = next((strategy for strategy in ("DEEPSPEED", "FSDP") if asks_for(strategy)), None)
+    if asked and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"ACCELERATE_USE_{asked} is set: start the script with accelerate launch or torchrun")
+    # The main process alone hashes checkpoints and writes and reloads models while the others wait.
+    settings["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    if not torch.accelerator.is_available():
+        if num_gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
+            logger.warning("Slurm gives %s GPUs on this node and PyTorch sees none: the CPU computes", num_gpus)
+        # CPU processes find each other on gloo, and must be told so; otherwise each takes itself for the only one.
+        if asked == "DEEPSPEED":
+            settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(hours=2))]
+        else:
+            settings["cpu"] = True
+    deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asked == "DEEPSPEED" else None
+    refusals = (ValueError, ImportError, OSError, *((AttributeError, TypeError) if deepspeed_file else ()))
+    try:
+        accelerator = Accelerator(**settings)
+    except refusals as error:
+        where = f"--deepspeed_config_file {deepspeed_file}" if deepspeed_file else "the launcher's settings"
+        raise UserError(f"{where}: {error}") from error
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != num_processes:
+        raise UserError(
+            f"the launcher has started {num_processes} processes, of which each takes itself for the only one; "
+            "start them with accelerate launch or torchrun"
+        )
+    strategy = accelerator.distributed_type.value
+    if asked and strategy != asked:
+        instead = "unset ACCELERATE_USE_CPU" if asked == "DEEPSPEED" else "it needs GPUs"
+        raise UserError(f"ACCELERATE_USE_{asked} is set, but what runs is {strategy}: {instead}")
+    return accelerator
+
+
+def asks_for(strategy: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{strategy}", "").lower() == "true"

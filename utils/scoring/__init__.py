@@ -1,0 +1,1 @@
+"""From texts to ROUGE, results.json and the reports."""
