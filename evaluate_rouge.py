@@ -14,7 +14,7 @@ from pathlib import Path
 from demo.facts import random_training_summaries, read_facts, score_facts
 from utils.config import EvaluationConfig
 from utils.data.rows import group_by_dialogue, load_rows
-from utils.files import fingerprint
+from utils.files import hash_value
 from utils.generation.partial_texts import remove_batches
 from utils.generation.summaries import summarize_with_models
 from utils.launch.output_dir import check_output_dir
@@ -56,7 +56,7 @@ def main(config: EvaluationConfig):
 
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # each file in it is replaced when it is whole
-        results = {"example": example | {"texts": shown}, "data_fingerprint": fingerprint(rows)}
+        results = {"example": example | {"texts": shown}, "data_fingerprint": hash_value(rows)}
         results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
         if facts:
             results["facts"] = {name: score_facts(of_model, facts) for name, of_model in predictions.items()}

@@ -12,7 +12,7 @@ import torch
 from utils.config import TrainingConfig
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
-from utils.files import fingerprint
+from utils.files import hash_value
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model
@@ -54,7 +54,7 @@ def main(config: TrainingConfig):
         "num_trainable_parameters": num_trainable_parameters,
         "num_train_examples": len(train_data),
         "num_train_steps": num_steps,
-        "data_fingerprint": fingerprint(train_rows, validation_rows),
+        "data_fingerprint": hash_value([train_rows, validation_rows]),
         "prompt": build_prompt("{dialogue}"),
     }
     if config.preflight:

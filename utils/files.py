@@ -76,10 +76,6 @@ def flush_to_disk(path: Path):
         os.close(descriptor)
 
 
-def fingerprint(*parts: Any) -> str:
-    """A SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def hash_json(value: Any) -> str:
+def hash_value(value: Any) -> str:
+    """The SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import UserError
-from utils.files import fingerprint
+from utils.files import hash_value
 from utils.prompting import PROMPT_SUFFIX, build_prompt
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,14 @@ def tokenize_rows(
             "uncut_source_length": source_lengths, "uncut_target_length": [len(ids) for ids in full],
         }  # fmt: skip
 
-    content = fingerprint(
-        rows,
-        build_prompt("{}"),
-        describe_tokenizer(tokenizer),
-        config.max_source_length,
-        config.max_target_length,
+    content = hash_value(
+        [
+            rows,
+            build_prompt("{}"),
+            describe_tokenizer(tokenizer),
+            config.max_source_length,
+            config.max_target_length,
+        ]
     )
     cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
     with accelerator.main_process_first():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from utils.config import EvaluationConfig
 from utils.data.batching import deal, micro_batch_cost
 from utils.data.tokens import describe_tokenizer, tokenize_prompts
-from utils.files import fingerprint
+from utils.files import hash_value
 from utils.generation.decoding import decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
 from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
@@ -70,12 +70,14 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
-    origin = fingerprint(
-        hash_model(model),
-        describe_tokenizer(tokenizer),
-        {setting: getattr(config, setting) for setting in DECODING_SETTINGS},
-        [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")],
-        accelerator.device.type,
+    origin = hash_value(
+        [
+            hash_model(model),
+            describe_tokenizer(tokenizer),
+            {setting: getattr(config, setting) for setting in DECODING_SETTINGS},
+            [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")],
+            accelerator.device.type,
+        ]
     )
     decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
@@ -101,7 +103,7 @@ def generate_texts(
             `kept` are not decoded again, and those that are decoded go to a file as they end.
     """
     batches = cut_batches(list(map(len, prompt_ids)), config)
-    keys = [fingerprint(origin, [prompt_ids[index] for index in batch]) for batch in batches]
+    keys = [hash_value([origin, [prompt_ids[index] for index in batch]]) for batch in batches]
     kept = kept or {}
     done = {key: kept[key] for key, batch in zip(keys, batches, strict=True) if len(kept.get(key, ())) == len(batch)}
     if done and accelerator.is_main_process:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.config import TrainingConfig, UserError
-from utils.files import describe_file, flush_to_disk, hash_json, raise_disk_errors
+from utils.files import describe_file, flush_to_disk, hash_value, raise_disk_errors
 from utils.launch.output_dir import UNFINISHED, find_checkpoints
 from utils.modeling.sharding import gather_tensor
 
@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
         for path in unfinished.glob("*.safetensors"):
             shutil.copymode(unfinished / "state.json", path)  # safetensors lets nobody else read them
         files = {path.name: describe_file(path) for path in sorted(unfinished.iterdir())}
-        manifest = {"files": files, "sha256": hash_json(files)}
+        manifest = {"files": files, "sha256": hash_value(files)}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*unfinished.iterdir(), unfinished):
             flush_to_disk(path)
@@ -69,7 +69,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint's state. CheckpointError unless every file is, byte for byte, what was written."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        if manifest["sha256"] != hash_json(manifest["files"]):
+        if manifest["sha256"] != hash_value(manifest["files"]):
             raise CheckpointError(f"{folder}: manifest.json was changed")
         for name, expected in manifest["files"].items():
             if (size := (folder / name).stat().st_size) != expected["size"]:

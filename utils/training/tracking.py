@@ -61,7 +61,7 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
 
 
 def finish_trackers(accelerator: Accelerator):
-    """Not by accelerator.end_training(), which also leaves the process group: see launching.leave_process_group."""
+    """Not by accelerator.end_training(), which also leaves the process group: see processes.leave_process_group."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
