@@ -10,21 +10,17 @@ python train_lora.py --help                                       # every settin
 from utils.config import LoraTrainingConfig
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
-from utils.files import hash_value
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model
-from utils.modeling.loading import check_sizes, count_parameters, load_tokenizer
+from utils.modeling.loading import check_sizes, load_tokenizer
 from utils.modeling.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
 from utils.modeling.strategies import start_accelerator
-from utils.prompting import build_prompt
-from utils.scoring.report import plot_loss_curve
-from utils.training.checkpoint_files import describe_run
 from utils.training.checkpointing import Checkpointer
 from utils.training.loop import train
-from utils.training.optimization import build_lr_scheduler, build_optimizer, num_train_steps
+from utils.training.optimization import build_lr_scheduler, build_optimizer
 from utils.training.preflight import report_preflight
-from utils.training.tracking import start_run
+from utils.training.tracking import describe_run, finish_run, start_run
 
 
 def main(config: LoraTrainingConfig):
@@ -41,24 +37,13 @@ def main(config: LoraTrainingConfig):
         model.activation_checkpointing_enable()
 
     train_data = tokenize_rows(accelerator, train_rows, tokenizer, config, "train")
-    validation_data = (
-        tokenize_rows(accelerator, validation_rows, tokenizer, config, "validation") if validation_rows else None
-    )
-    num_steps = num_train_steps(config, len(train_data))
-    num_parameters, num_trainable_parameters = count_parameters(model)
-    run = {
-        "num_parameters": num_parameters,
-        "num_trainable_parameters": num_trainable_parameters,
-        "num_train_examples": len(train_data),
-        "num_train_steps": num_steps,
-        "data_fingerprint": hash_value([train_rows, validation_rows]),
-        "prompt": build_prompt("{dialogue}"),
-    }
+    validation_data = tokenize_rows(accelerator, validation_rows, tokenizer, config, "validation")
+    run = describe_run(config, model, train_rows, validation_rows)
     if config.preflight:
         return report_preflight(accelerator, config, model, train_data, validation_data, run)
-    checkpointer = Checkpointer(accelerator, config, describe_run(config, model) | run)
+    checkpointer = Checkpointer(accelerator, config, model, run)
     optimizer = build_optimizer(model, config)
-    lr_scheduler = build_lr_scheduler(optimizer, config, num_steps)
+    lr_scheduler = build_lr_scheduler(optimizer, config, run["num_train_steps"])
     model, optimizer = accelerator.prepare(model, optimizer)
 
     start_run(accelerator, config, checkpointer.folder, run)
@@ -68,9 +53,7 @@ def main(config: LoraTrainingConfig):
         # The merge loads base and adapter anew: the trained ones need not be in memory beside them.
         model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
         merge_adapter(accelerator, tokenizer, train_data, config)
-    if accelerator.is_main_process:
-        plot_loss_curve(config.output_dir)
-    accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
+    finish_run(accelerator, config)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, m
 
 def tokenize_rows(
     accelerator: Accelerator, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, config: Any, split: str
-) -> datasets.Dataset:
-    """The rows as `id`, `input_ids` (at most max_source_length) and `labels` (at most max_target_length), in their
-    order, with `uncut_source_length` and `uncut_target_length`, in tokens. The main process tokenises and writes them
-    to the cache of `datasets`; the others read them there."""
+) -> datasets.Dataset | None:
+    """The rows, if there are any, as `id`, `input_ids` (at most max_source_length) and `labels` (at most
+    max_target_length), in their order, with `uncut_source_length` and `uncut_target_length`, in tokens. The main
+    process tokenises and writes them to the cache of `datasets`; the others read them there."""
+    if not rows:
+        return None
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         input_ids, source_lengths = tokenize_prompts(batch["dialogue"], tokenizer, config.max_source_length)

@@ -154,12 +154,8 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-def describe_run(config: TrainingConfig, model: torch.nn.Module) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that goes on from it, beside its data and its number of steps."""
-    return {**identity_settings(config), "model_fingerprint": fingerprint_model(model)}
-
-
 def identity_settings(config: TrainingConfig) -> dict[str, Any]:
+    """What a run must agree on with a checkpoint that it resumes from, beside its model, data and number of steps."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
 
 

@@ -28,7 +28,14 @@ from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
 from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
 from utils.modeling.strategies import name_strategy
-from utils.training.checkpoint_files import choose_checkpoint, find_best, remove_checkpoint, write_checkpoint
+from utils.training.checkpoint_files import (
+    choose_checkpoint,
+    find_best,
+    fingerprint_model,
+    identity_settings,
+    remove_checkpoint,
+    write_checkpoint,
+)
 from utils.training.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
@@ -38,9 +45,15 @@ SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # what an open interval
 class Checkpointer:
     """Saves and restores one run. Every process has one; only the main one writes, in a thread of its own."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
-        """Find where to go on, on all processes alike: `folder` is None for a run from the beginning."""
-        self.accelerator, self.config, self.run = accelerator, config, run
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]):
+        """Find the checkpoint to resume from, on all processes alike: `folder` is None for a new run.
+
+        Args:
+            model: with the weights that training starts from.
+            run: what tracking.describe_run says of it.
+        """
+        self.accelerator, self.config = accelerator, config
+        self.run = run = {**identity_settings(config), "model_fingerprint": fingerprint_model(model), **run}
         self.folder, self.state, error = None, None, None
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
         self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better

@@ -12,14 +12,33 @@ import torch
 from accelerate import Accelerator
 
 from utils.config import TrainingConfig
-from utils.files import append_line, write_json
+from utils.files import append_line, hash_value, write_json
 from utils.launch.output_dir import clear_output_dir, is_in
 from utils.launch.script import describe_software
+from utils.modeling.loading import count_parameters
 from utils.modeling.strategies import name_strategy
+from utils.prompting import build_prompt
+from utils.scoring.report import plot_loss_curve
+from utils.training.optimization import num_train_steps
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 20
 unwritten = []  # lines of metrics.jsonl that the disk has not taken yet
+
+
+def describe_run(
+    config: TrainingConfig, model: torch.nn.Module, train_rows: list[dict], validation_rows: list[dict]
+) -> dict[str, Any]:
+    """The counts and fingerprints that a run is known by."""
+    num_parameters, num_trainable_parameters = count_parameters(model)
+    return {
+        "num_parameters": num_parameters,
+        "num_trainable_parameters": num_trainable_parameters,
+        "num_train_examples": len(train_rows),
+        "num_train_steps": num_train_steps(config, len(train_rows)),
+        "data_fingerprint": hash_value([train_rows, validation_rows]),
+        "prompt": build_prompt("{dialogue}"),
+    }
 
 
 def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path | None, run: dict[str, Any]):
@@ -58,6 +77,13 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
             unwritten.clear()
         logger.info("step %d %s loss %.4f", step, split, metrics["loss"])
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+
+
+def finish_run(accelerator: Accelerator, config: TrainingConfig):
+    """Plot the losses, and let no process end before the main one, since the launcher would then end all."""
+    if accelerator.is_main_process:
+        plot_loss_curve(config.output_dir)
+    accelerator.wait_for_everyone()
 
 
 def finish_trackers(accelerator: Accelerator):
