@@ -18,7 +18,7 @@ from transformers import T5ForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_full
-import utils.modeling.sharding
+import utils.modeling.strategies
 import utils.training.batch_size
 import utils.training.loop
 from utils.config import TrainingConfig

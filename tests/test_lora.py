@@ -298,7 +298,7 @@ def test_four_bits(data_files, tmp_path, monkeypatch):
     """All but the GPU: bitsandbytes computes on a CPU too, in multiples of 64."""
     pytest.importorskip("bitsandbytes", reason="the optional package of requirements-4bit.txt is not installed")
     model = write_flan_t5(tmp_path / "model", d_model=64, d_kv=16, d_ff=128)
-    monkeypatch.setattr(utils.lora, "check_4bit", lambda accelerator: None)
+    monkeypatch.setattr(utils.modeling.lora, "check_4bit", lambda accelerator: None)
     # Without validation: on a CPU a pass without gradients packs the weights for good, and none flow from then on.
     settings = {"load_in_4bit": True, "validation_file": None}
     metrics = train(model, data_files, tmp_path / "out", **settings, merge_into=str(tmp_path / "merged"))

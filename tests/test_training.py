@@ -151,7 +151,7 @@ def test_a_loss_for_training_alone_is_not_validations(flan_t5, data_files, tmp_p
     settings = {"max_train_steps": 1, "mixed_precision": "no"}
     plain = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "plain", **settings)
     compute_training_loss = utils.training.loss.compute_training_loss
-    monkeypatch.setattr(utils.loss, "compute_training_loss", lambda *given: 2 * compute_training_loss(*given))
+    monkeypatch.setattr(utils.training.loss, "compute_training_loss", lambda *given: 2 * compute_training_loss(*given))
     twice = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "twice", **settings)
     assert twice["train"][0]["loss"] == 2 * plain["train"][0]["loss"]
     assert twice["validation"][0] == plain["validation"][0]
