@@ -11,7 +11,7 @@ python evaluate_rouge.py --help                                       # every se
 
 from pathlib import Path
 
-from demo.facts import random_training_summaries, read_facts, score_facts
+from demo.facts import guess_summaries, read_facts, score_facts
 from utils.config import EvaluationConfig
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
@@ -33,34 +33,32 @@ def main(config: EvaluationConfig):
     check_output_dir(config)
     rows = load_rows(config, config.split)
     dialogues = group_by_dialogue(rows[: config.max_eval_samples])
-    texts = [dialogue["dialogue"] for dialogue in dialogues]
     example = {"split": config.split, "index": min(config.example_index, len(rows) - 1)}
     example |= rows[example["index"]]
     facts = read_facts(config, dialogues) if config.demo else []
     accelerator = start_whole_models()
 
-    truncated = {}
+    # Of each model, by dialogue: `summaries[name][dialogue]`.
     if config.predictions_file:
-        known_ids = {row["id"] for row in rows}
-        predictions, truncated = load_predictions(config.predictions_file, dialogues, known_ids, config.demo)
-        by_dialogue = {name: dict(zip(texts, of_model, strict=True)) for name, of_model in predictions.items()}
-        shown = {name: of_model.get(example["dialogue"], "(not scored)") for name, of_model in by_dialogue.items()}
+        summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
     else:
+        texts = [dialogue["dialogue"] for dialogue in dialogues]
         summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
-        predictions = {name: [summary.text for summary in of_model[:-1]] for name, of_model in summaries.items()}
-        truncated = {name: [summary.truncated for summary in of_model[:-1]] for name, of_model in summaries.items()}
-        shown = {name: of_model[-1].text for name, of_model in summaries.items()}
+    example["texts"] = {
+        name: of_model[example["dialogue"]].text if example["dialogue"] in of_model else "(not scored)"
+        for name, of_model in summaries.items()
+    }
     if config.demo:
         # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
-        predictions["random"] = random_training_summaries(load_rows(config, "train"), texts, config.seed)
+        summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
 
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # each file in it is replaced when it is whole
-        results = {"example": example | {"texts": shown}, "data_fingerprint": hash_value(rows)}
+        results = {"example": example, "data_fingerprint": hash_value(rows)}
         results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
         if facts:
-            results["facts"] = {name: score_facts(of_model, facts) for name, of_model in predictions.items()}
-        write_results(config, dialogues, predictions, truncated, results)
+            results["facts"] = score_facts(summaries, dialogues, facts)
+        write_results(config, dialogues, summaries, results)
         remove_batches(Path(config.output_dir))
         show_report(config)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out

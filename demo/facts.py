@@ -7,12 +7,12 @@ the same templates that write summaries: a word counts only in the role that it 
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from demo.world import DAYS, WISHES
 from utils.config import EvaluationConfig, UserError
 from utils.data.rows import read_file
+from utils.generation.partial_texts import Summary
 
 _SLOTS = {
     "a": r"(?P<a>#Person[12]#)",
@@ -60,27 +60,23 @@ def read_facts(config: EvaluationConfig, dialogues: list[dict]) -> list[dict[str
     return [facts[dialogue["id"]] for dialogue in dialogues]
 
 
-def score_facts(predictions: Sequence[str], facts: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
-    """Return for each kind how many dialogues have that fact, how many predictions state it rightly, and which share
+def score_facts(
+    summaries: dict[str, dict[str, Summary]], dialogues: list[dict], facts: list[dict[str, str]]
+) -> dict[str, dict]:
+    """`scores[model][kind]`: how many dialogues have that fact, how many summaries state it rightly, and which share
     one would get by always answering with the most common value."""
-    scores = {}
+    scores = {name: {} for name in summaries}
     for kind in ("who", "item", "time", "place"):
-        pairs = [
-            (extract_facts(text).get(kind), fact[kind])
-            for text, fact in zip(predictions, facts, strict=True)
-            if kind in fact
-        ]
-        values = Counter(expected for _, expected in pairs)
-        scores[kind] = {
-            "correct": sum(predicted == expected for predicted, expected in pairs),
-            "total": len(pairs),
-            "majority": max(values.values()) / len(pairs) if pairs else 0.0,
-        }
+        expected = {d["dialogue"]: fact[kind] for d, fact in zip(dialogues, facts, strict=True) if kind in fact}
+        majority = max(Counter(expected.values()).values(), default=0) / max(1, len(expected))
+        for name, of_model in summaries.items():
+            stated = {dialogue: extract_facts(of_model[dialogue].text).get(kind) for dialogue in expected}
+            correct = sum(stated[dialogue] == fact for dialogue, fact in expected.items())
+            scores[name][kind] = {"correct": correct, "total": len(expected), "majority": majority}
     return scores
 
 
-def random_training_summaries(train_rows: Sequence[dict], dialogues: Sequence[str], seed: int) -> list[str]:
-    """Return one random training summary per row; rows with the same dialogue get the same one."""
+def guess_summaries(train_rows: list[dict], dialogues: list[dict], seed: int) -> dict[str, Summary]:
+    """A random training summary for each dialogue."""
     rng = random.Random(seed)
-    guesses = {dialogue: rng.choice(train_rows)["summary"] for dialogue in dict.fromkeys(dialogues)}
-    return [guesses[dialogue] for dialogue in dialogues]
+    return {dialogue["dialogue"]: Summary(rng.choice(train_rows)["summary"], None) for dialogue in dialogues}

@@ -46,7 +46,7 @@ def main(model_path: str, folder: str):
         )
         model, tokenizer = load_model(model_path, "sdpa", torch.float32), load_tokenizer(model_path)
         summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "model", {})
-        results[mode] = summaries
+        results[mode] = [summaries[dialogue] for dialogue in dialogues]
     if accelerator.is_main_process:
         (Path(folder) / "results.json").write_text(json.dumps(results))
     accelerator.wait_for_everyone()

@@ -8,8 +8,9 @@ import subprocess
 import pytest
 from conftest import REPOSITORY, read_jsonl, run_script
 
-from demo.facts import extract_facts, random_training_summaries, score_facts
+from demo.facts import extract_facts, guess_summaries, score_facts
 from demo.make_demo import make_splits
+from utils.generation.partial_texts import Summary
 
 EXAMPLE = 29  # of the validation split, as README shows it
 KINDS = ("who", "item", "time", "place")
@@ -93,16 +94,22 @@ def test_data():
 def test_facts_count_only_in_their_role():
     row = next(row for row in read_jsonl(REPOSITORY / "demo" / "test.jsonl") if set(row["facts"]) == set(KINDS))
     swapped = row["summary"].replace("#Person1#", "#X#").replace("#Person2#", "#Person1#").replace("#X#", "#Person2#")
-    scores = {text: score_facts([text], [row["facts"]]) for text in (row["summary"], swapped, row["dialogue"], "")}
-    assert [scores[row["summary"]][kind]["correct"] for kind in KINDS] == [1, 1, 1, 1]
-    assert scores[swapped]["who"]["correct"] == 0 and scores[swapped]["item"]["correct"] == 1
     words = row["summary"].rstrip(".").split()
     random.Random(0).shuffle(words)
-    assert [scores[row["dialogue"]][kind]["correct"] for kind in KINDS] == [0, 0, 0, 0]
-    assert all(kind["correct"] == 0 for kind in score_facts([" ".join(words)], [row["facts"]]).values())
+    shuffled = " ".join(words)
+    summaries = {
+        text: {row["dialogue"]: Summary(text, None)}
+        for text in (row["summary"], swapped, row["dialogue"], "", shuffled)
+    }
+    scores = score_facts(summaries, [row], [row["facts"]])
+    assert [scores[row["summary"]][kind]["correct"] for kind in KINDS] == [1, 1, 1, 1]
+    assert scores[swapped]["who"]["correct"] == 0 and scores[swapped]["item"]["correct"] == 1
+    for text in (row["dialogue"], "", shuffled):
+        assert [scores[text][kind]["correct"] for kind in KINDS] == [0, 0, 0, 0]
 
 
 def test_random_summaries_are_training_summaries():
     rows = read_jsonl(REPOSITORY / "demo" / "train.jsonl")
-    texts = random_training_summaries(rows, ["a", "b", "a"], seed=3)
-    assert texts[0] == texts[2] and set(texts) <= {row["summary"] for row in rows}
+    summaries = guess_summaries(rows, [{"dialogue": text} for text in ("a", "b")], seed=3)
+    assert summaries.keys() == {"a", "b"}
+    assert {summary.text for summary in summaries.values()} <= {row["summary"] for row in rows}

@@ -36,7 +36,8 @@ def generate(folder: Path, dialogues: list[str], **settings):
     model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
     with tempfile.TemporaryDirectory() as output_dir:
         config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": output_dir} | settings))
-        return generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", str(folder), {})
+        summaries = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", {})
+        return [summaries[dialogue] for dialogue in dialogues]
 
 
 @pytest.mark.parametrize("settings", [MODES["greedy"], MODES["beams"], {"max_new_tokens": 40}])
@@ -263,7 +264,7 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
         settings["max_new_tokens"] = 13
     config = EvaluationConfig(**({"max_new_tokens": 12} | settings))
     texts = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", kept)
-    num_kept = sum(summary.text == "kept" for summary in texts)
+    num_kept = sum(summary.text == "kept" for summary in texts.values())
     assert num_kept == {"nothing": 3, "dialogue": 2}.get(change, 0)
 
 

@@ -54,7 +54,7 @@ def prepare_ours(path, model, tokenizer, dialogues, num_beams):
 
     def summarize():
         summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "ours", {})
-        return [summary.text for summary in summaries]
+        return [summaries[dialogue].text for dialogue in dialogues]
 
     return summarize
 

@@ -21,7 +21,7 @@ PATTERN = "predictions.partial-*.jsonl"
 
 class Summary(NamedTuple):
     text: str
-    truncated: bool  # cut at max_new_tokens
+    truncated: bool | None  # cut at max_new_tokens; None where nobody knows
 
 
 def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summary]]:

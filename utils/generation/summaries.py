@@ -28,8 +28,8 @@ DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "leng
 
 def summarize_with_models(
     accelerator: Accelerator, texts: list[str], config: EvaluationConfig
-) -> dict[str, list[Summary]]:
-    """`summaries[model]`, one for each of `texts`; one model after the other is in memory."""
+) -> dict[str, dict[str, Summary]]:
+    """`summaries[model][text]` of each of `texts`; one model after the other is in memory."""
     models = dict(model.split("=", maxsplit=1) for model in config.models)
     for name, path in models.items():
         script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
@@ -60,8 +60,8 @@ def generate_summaries(
     config: EvaluationConfig,
     name: str,
     kept: dict[str, list[Summary]],
-) -> list[Summary]:
-    """A summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
+) -> dict[str, Summary]:
+    """The summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
     check_sizes(model, tokenizer, config)
     distinct = list(dict.fromkeys(dialogues))
     prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length)
@@ -81,8 +81,7 @@ def generate_summaries(
     )
     decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
-    by_dialogue = dict(zip(distinct, summaries, strict=True))
-    return [by_dialogue[dialogue] for dialogue in dialogues]
+    return dict(zip(distinct, summaries, strict=True))
 
 
 def generate_texts(

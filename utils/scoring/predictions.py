@@ -3,25 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from utils.config import UserError, check_model_name
+from utils.config import EvaluationConfig, UserError, check_model_name
 from utils.data.rows import check_encodable, read_file
+from utils.generation.partial_texts import Summary
 
 WORDS = {"true": True, "false": False, "": None}
 NUM_NAMED = 5  # ids that an error lists
 
 
 def load_predictions(
-    files: list[str], dialogues: list[dict[str, Any]], known_ids: set[str], demo: bool
-) -> tuple[dict[str, list[str]], dict[str, list[bool | None]]]:
-    """(`predictions[model]`, `truncated[model]`): a text for each dialogue in its order, and whether it was cut short
-    (None if the file does not say), from files of `id`, `prediction` and maybe `model` and `truncated`.
+    config: EvaluationConfig, dialogues: list[dict[str, Any]], known_ids: set[str]
+) -> dict[str, dict[str, Summary]]:
+    """`summaries[model][dialogue]` from the files of --predictions_file, which hold `id`, `prediction` and maybe
+    `model` and `truncated`.
 
-    Each of `files` is FILE or NAME=FILE. The id may be that of any of the dialogue's rows; a system that wrote one
+    Each file is named as FILE or NAME=FILE. The id may be that of any of the dialogue's rows; a system that wrote one
     text for each row must have written the same for all rows of a dialogue. Rows of known ids that are not scored are
     passed over. UserError with all ids that are missing, unknown or doubled.
     """
-    predictions, truncated, problems, source_of = {}, {}, [], {}
-    for word in files:
+    summaries, problems, source_of = {}, [], {}
+    for word in config.predictions_file:
         name, path = split_name(word)
         for model, rows in read_models(name, path).items():
             if model in source_of:
@@ -30,16 +31,18 @@ def load_predictions(
                 )
             source_of[model] = path
             check_encodable(model, "model", str(path))
-            check_model_name(model, "predictions_file", demo)
+            check_model_name(model, "predictions_file", config.demo)
             chosen, wrong = choose_rows(rows, dialogues, known_ids)
             if wrong:
                 problems.append(f"{path}, model {model!r}: {'; '.join(wrong)}")
                 continue
-            predictions[model] = [row["prediction"] for row in chosen]
-            truncated[model] = [row.get("truncated") for row in chosen]
+            summaries[model] = {
+                dialogue["dialogue"]: Summary(row["prediction"], row.get("truncated"))
+                for dialogue, row in zip(dialogues, chosen, strict=True)
+            }
     if problems:
         raise UserError(". ".join(problems))
-    return predictions, truncated
+    return summaries
 
 
 def split_name(word: str) -> tuple[str | None, Path]:

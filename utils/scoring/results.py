@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from utils.config import EvaluationConfig
 from utils.files import describe_file, write_json, write_jsonl
+from utils.generation.partial_texts import Summary
 from utils.launch.script import describe_software
 from utils.scoring.cost import read_training
 from utils.scoring.diagnostics import describe_texts
@@ -22,29 +23,30 @@ logger = logging.getLogger(__name__)
 def write_results(
     config: EvaluationConfig,
     dialogues: list[dict[str, Any]],
-    predictions: dict[str, list[str]],
-    truncated: dict[str, list[bool | None]],
+    summaries: dict[str, dict[str, Summary]],
     facts: dict[str, Any],
 ):
-    """Score `predictions[model]` and write both files; results.json begins with `facts`."""
+    """Score `summaries[model][dialogue]` and write both files; results.json begins with `facts`."""
     references = [dialogue["references"] for dialogue in dialogues]
+    sources = [dialogue["dialogue"] for dialogue in dialogues]
+    in_order = {name: [of_model[source] for source in sources] for name, of_model in summaries.items()}
     scores = {
-        name: score_texts(texts, references, config.use_stemmer, config.rouge_newline, name)
-        for name, texts in predictions.items()
+        name: score_texts([s.text for s in of_model], references, config.use_stemmer, config.rouge_newline, name)
+        for name, of_model in in_order.items()
     }
     lines = [
-        describe_line(name, index, dialogue, predictions, truncated, scores)
-        for name in predictions
-        for index, dialogue in enumerate(dialogues)
+        describe_line(name, dialogue, summary, {metric: scores[name][metric][index] for metric in scores[name]})
+        for name, of_model in in_order.items()
+        for index, (dialogue, summary) in enumerate(zip(dialogues, of_model, strict=True))
     ]
     models, comparisons = compare_models(scores, config.seed)
     num_unseen = sum(not re.search("[a-z0-9]", text.lower()) for texts in references for text in texts)
     if num_unseen:
         logger.warning("%d references have no letter a to z and no digit: nothing else counts in ROUGE", num_unseen)
-    sources = [dialogue["dialogue"] for dialogue in dialogues]
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
-    for name, texts in predictions.items():
-        models[name]["diagnostics"] = describe_texts(texts, sources, truncated.get(name))
+    for name, of_model in in_order.items():
+        texts, truncated = zip(*of_model, strict=True)
+        models[name]["diagnostics"] = describe_texts(texts, sources, truncated)
         models[name]["training"] = read_training(paths[name]) if name in paths else None
     results = {
         **facts,
@@ -67,12 +69,9 @@ def write_results(
     write_json(Path(config.output_dir) / "results.json", results)
 
 
-def describe_line(
-    name: str, index: int, dialogue: dict, predictions: dict, truncated: dict, scores: dict
-) -> dict[str, Any]:
+def describe_line(name: str, dialogue: dict, summary: Summary, scores: dict[str, list[float]]) -> dict[str, Any]:
     """A line of predictions.jsonl; `scores[metric]` has an F1 for each reference."""
-    line = {"id": dialogue["id"], "model": name, "prediction": predictions[name][index]}
-    if truncated.get(name) and truncated[name][index] is not None:
-        line["truncated"] = truncated[name][index]
-    of_line = {metric: of_metric[index] for metric, of_metric in scores[name].items()}
-    return line | {"references": dialogue["references"], "dialogue": dialogue["dialogue"], "scores": of_line}
+    line = {"id": dialogue["id"], "model": name, "prediction": summary.text}
+    if summary.truncated is not None:
+        line["truncated"] = summary.truncated
+    return line | {"references": dialogue["references"], "dialogue": dialogue["dialogue"], "scores": scores}
