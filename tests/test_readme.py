@@ -1,4 +1,4 @@
-"""Every command in README is run by a test: here, or in the test that is named here."""
+"""Every command in a README is run by a test: here, or in the test that is named here."""
 
 import json
 import re
@@ -45,10 +45,16 @@ PARSED = {
 CONFIGS = {"train_full": TrainingConfig, "train_lora": LoraTrainingConfig, "evaluate_rouge": EvaluationConfig}
 
 
+PLACES = ("", "accelerate_configs", "demo", "slurm", "tests/benchmarks", "utils")
+READMES = {path: path.read_text() for path in (REPOSITORY / place / "README.md" for place in PLACES)}
+
+
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    """In README.md's order, then those of the others."""
+    texts = [READMES[REPOSITORY / "README.md"], *READMES.values()]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def test_every_command_is_run():
@@ -106,7 +112,7 @@ def test_commands_for_own_data(flan_t5, tmp_path):
 def test_every_module_is_listed():
     """Each under its wing, and the wings in the order in which they may import."""
     listed, wing = [], ""
-    for line in (REPOSITORY / "README.md").read_text().splitlines():
+    for line in READMES[REPOSITORY / "utils" / "README.md"].splitlines():
         if match := re.match(r"^( {2,4})(\w+)(/|\.py)", line):
             wing = match[2] if match[3] == "/" else wing * (match[1] == "    ")
             listed += [f"{wing}/{match[2]}.py".strip("/")] if match[3] == ".py" else []
@@ -118,5 +124,18 @@ def test_settings_named_in_readme_exist():
     known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
     launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array", "signal"}
     launcher |= {"num_machines", "machine_rank", "main_process_ip"}
-    named = set(re.findall(r"--([a-z][\w-]+)", (REPOSITORY / "README.md").read_text()))
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", "".join(READMES.values())))
     assert named <= known | launcher
+
+
+def test_links_lead_somewhere():
+    for path, text in READMES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_the_python_example(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", READMES[REPOSITORY / "README.md"], flags=re.DOTALL)
+    assert "./flan-t5-base-dialogsum-lora" in code
+    exec(code.replace("./flan-t5-base-dialogsum-lora", str(REPOSITORY / "demo" / "model")), {})
+    assert capsys.readouterr().out == "#Person1#: May I borrow your ladder?\n"
