@@ -18,7 +18,7 @@ from utils.files import hash_value
 from utils.generation.partial_texts import remove_batches
 from utils.generation.summaries import summarize_with_models
 from utils.launch.output_dir import check_output_dir
-from utils.launch.processes import start_whole_models
+from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
 from utils.prompting import build_prompt
 from utils.scoring.predictions import load_predictions
@@ -36,7 +36,7 @@ def main(config: EvaluationConfig):
     example = {"split": config.split, "index": min(config.example_index, len(rows) - 1)}
     example |= rows[example["index"]]
     facts = read_facts(config, dialogues) if config.demo else []
-    accelerator = start_whole_models()
+    accelerator = start_evaluation()
 
     # Of each model, by dialogue: `summaries[name][dialogue]`.
     if config.predictions_file:

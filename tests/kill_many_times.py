@@ -1,9 +1,9 @@
-"""Kill a training with SIGKILL at random moments, in the middle of writing too, and go on until it is done.
+"""Kill a training with SIGKILL at random moments, in the middle of writing too, and resume until it is done.
 
     python tests/kill_many_times.py [--runs 25] [--seed 0]
 
 A tiny full training and a tiny LoRA training in turn. Each is killed one to four times: after a random time, or at a
-random call of a random function of the writer. At its end the weights are those of a run that was never stopped, bit
+random call of a random function of the writer. At its end the weights are bit-identical to an uninterrupted
 for bit, metrics.jsonl says the same, and the folder holds the same files. Prints how many kills hit where.
 """
 

@@ -56,7 +56,7 @@ def start(script: str, *words: str | Path):
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(
             utils.launch.script, "leave_process_group", lambda: None
-        )  # this process goes on, and obeys signals
+        )  # this process keeps running, and obeys signals
         reset_accelerator_state()
         try:
             run_script(*SCRIPTS[script], f"{script}.yaml")
@@ -703,7 +703,7 @@ def test_output_dir_with_a_finished_run(refuse, here, data_files, flan_t5, finis
     first = "predictions.jsonl" if earlier == "evaluate_rouge" else "metrics.jsonl"
     ways = "take another, or --overwrite_output_dir"
     if earlier != "evaluate_rouge" and script != "evaluate_rouge":
-        ways = f"go on with --resume_from_checkpoint latest, {ways}"
+        ways = f"resume with --resume_from_checkpoint latest, {ways}"
     assert message == f"--output_dir out holds a run already ({first}): {ways}"
 
 

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or short of disk loses nothing, and goes on to the same bits.
+"""A run that is stopped, killed or short of disk loses nothing, and resumes to bit-identical weights.
 
 Most trainings run in this process: 12 updates of 8 examples, logged every 3, validated every 4, a checkpoint every 5,
 so that a checkpoint's interval is open. `tests/test_checkpointing.py ORDERS` is what torch.distributed.run starts.
@@ -144,7 +144,7 @@ def copy_of_stopped(stopped, tmp_path) -> Path:
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_stopped_by_a_file(paths, stopped, never_stopped, tmp_path, kind):
     output_dir = shutil.copytree(stopped[kind], tmp_path / "out")
-    assert not (output_dir / "STOP").exists()  # or it would stop at once when going on
+    assert not (output_dir / "STOP").exists()  # or it would stop at once when resumed
     state = verify_checkpoint(output_dir / "checkpoints" / "step_000008")
     assert state["interval"]["num_examples"] == 16  # steps 7 and 8 have not been logged
     assert resume(kind, paths, output_dir) == 0
@@ -244,7 +244,7 @@ def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number
         assert process.wait(60) == EXIT_STOPPED
     step = verify_checkpoint(find_checkpoints(output_dir)[0])["step"]
     log = (tmp_path / "out.log").read_text()
-    assert f"stopped after step {step}; go on with --resume_from_checkpoint latest" in log
+    assert f"stopped after step {step}; resume with --resume_from_checkpoint latest" in log
     assert step < 80 and "Traceback" not in log
     assert resume(kind, paths, output_dir, **LONG) == 0
     check_same(kind, output_dir, long_never_stopped[kind])
@@ -385,7 +385,7 @@ def test_a_signal_to_the_launcher(paths, tmp_path):
         process.terminate()
         process.wait(60)
     step = verify_checkpoint(find_checkpoints(output_dir)[0])["step"]
-    assert step < 80 and f"stopped after step {step}; go on with" in (tmp_path / "out.log").read_text()
+    assert step < 80 and f"stopped after step {step}; resume with" in (tmp_path / "out.log").read_text()
 
 
 # --- damage --------------------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def test_a_damaged_checkpoint(copy_of_stopped, caplog, name, how):
     folder, state = choose_checkpoint(config_of(copy_of_stopped), run_of(copy_of_stopped))
     assert (folder, state["step"]) == (before, 5)
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith(f"{newest}: {name} ") and warning.endswith(": going on from step_000005")
+    assert warning.startswith(f"{newest}: {name} ") and warning.endswith(": resuming from step_000005")
     with pytest.raises(UserError, match=f"--resume_from_checkpoint {newest}: {newest}: {name} "):
         choose_checkpoint(config_of(copy_of_stopped, newest), run_of(copy_of_stopped))
 
@@ -629,7 +629,7 @@ def test_rotation(paths, tmp_path, monkeypatch, limit):
 
 
 def test_a_kill_before_the_last_rotation(paths, copy_of_stopped, never_stopped):
-    """The old ones go when the run is gone on with, be there nothing left to write."""
+    """The old ones are removed when the run is resumed, even if nothing is left to write."""
     shutil.copytree(never_stopped["full"] / "checkpoints", copy_of_stopped / "checkpoints", dirs_exist_ok=True)
     assert len(find_checkpoints(copy_of_stopped)) == 4
     assert resume("full", paths, copy_of_stopped, checkpoints_total_limit=1) == 0
@@ -759,7 +759,7 @@ def test_a_step_taken_again_replaces_its_checkpoint(paths, copy_of_stopped):
 
 
 def test_a_checkpoint_of_another_folder_is_there_from_the_start(paths, never_stopped, stopped, tmp_path):
-    """Ended, and queued again, before its own first checkpoint, the run has something to go on from."""
+    """Ended, and queued again, before its own first checkpoint, the run has something to resume from."""
     there, output_dir = stopped["full"] / "checkpoints" / "step_000005", tmp_path / "out"
 
     def fail():
@@ -839,7 +839,7 @@ def test_lines_that_a_full_disk_refused_are_written_later(paths, small_disk, cap
 
 
 def test_a_stop_on_a_full_disk(paths, never_stopped, small_disk):
-    """The checkpoint of step 5 is kept, and gone on from when there is room."""
+    """The checkpoint of step 5 is kept, and resumed from when there is room."""
     output_dir = small_disk(1700) / "out"
     text = "stopped after step 8, but its checkpoint could not be written: .*No space left .* is step_000005$"
     with pytest.raises(UserError, match=text):
@@ -885,7 +885,7 @@ def test_no_room_at_the_start(paths, small_disk):
 
 
 def test_a_read_only_disk(paths, copy_of_stopped, small_disk):
-    """At the start, and for a run to be gone on with, whose STOP file and metrics it would have to change."""
+    """At the start, and for a run to be resumed, whose STOP file and metrics it would have to change."""
     disk = small_disk(8000)
     shutil.copytree(copy_of_stopped, disk / "out")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -112,7 +112,7 @@ def test_default_commands(hub, tmp_path):
         shutil.rmtree(folder / "flan-t5-base-dialogsum-lora" / "checkpoints" / f"step_{step:06d}")
     lora = launch(folder, online, "train_lora.py", "--resume_from_checkpoint", "latest")
     check_training(lora, folder / "flan-t5-base-dialogsum-lora", 32 * (16 + 16) * 2 * 3)
-    assert "going on from flan-t5-base-dialogsum-lora/checkpoints/step_000030" in lora.stderr
+    assert "resuming from flan-t5-base-dialogsum-lora/checkpoints/step_000030" in lora.stderr
     assert adapter.read_bytes() == trained
 
     evaluation = launch(folder, online, "evaluate_rouge.py")

@@ -98,7 +98,7 @@ def test_fewer_processes_in_an_evaluation(data_files, tmp_path):
 
 @no_gpu
 def test_several_gpus_where_there_is_none(launch, tmp_path):
-    """Each process took itself for the only one, and both wrote into one folder."""
+    """Each process thought that it was the only one, and both wrote into one folder."""
     run = launch("--multi_gpu", "--num_processes", "2")
     assert run.returncode == 0, run.stderr
     manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())

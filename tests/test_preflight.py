@@ -177,7 +177,7 @@ def test_a_run_that_can_go_on(flan_t5, data_files, tmp_path, capsys, start):
     assert run.returncode == 0, run.stderr
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     start(resume_from_checkpoint="latest")
-    assert "out: the run goes on from step_000001, of 1 updates" in capsys.readouterr().out
+    assert "out: the run resumes from step_000001, of 1 updates" in capsys.readouterr().out
     start(overwrite_output_dir=True)
     assert "out: holds a run, which will be replaced" in capsys.readouterr().out
     with pytest.raises(UserError, match="it is of another run: learning_rate was 0.001 and is 0.1"):

@@ -62,7 +62,7 @@ def test_help_names_every_setting(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.setattr(
         utils.launch.script, "leave_process_group", lambda: None
-    )  # this process goes on, and obeys signals
+    )  # this process keeps running, and obeys signals
     runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     printed, log = capsys.readouterr()
     assert log == ""

@@ -205,7 +205,7 @@ def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_pa
 
 @pytest.mark.parametrize("word", ["utils.launch.launcher", "train_lora.py"])
 def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
-    """While the config file is read, or the script is being started: it is queued again, and goes on."""
+    """While the config file is read, or the script is being started: it is queued again, and resumes."""
     log, num_steps = tmp_path / "log", 300  # trained for longer than the five seconds that launch.sh may wait
     words = (*no_dropout[0], "--output_dir", tmp_path / "out", "--config_file=accelerate_configs/multi_gpu.yaml")
     words += ("--max_train_steps", num_steps)
@@ -214,7 +214,7 @@ def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: cluster.show(job)["Restarts"] == "1", 60, log.read_text)
     if word == "utils.launch.launcher":  # launch.sh waits until its processes are there, which hold the signal back
-        assert "; go on with --resume_from_checkpoint latest" in log.read_text()
+        assert "; resume with --resume_from_checkpoint latest" in log.read_text()
     fields = cluster.finish(job, 120)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     assert read_steps(tmp_path / "out") == list(range(1, num_steps + 1))
@@ -246,7 +246,7 @@ def test_signaled_requeued_and_resumed(cluster, settings, never_stopped, tmp_pat
     fields = cluster.finish(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     assert f"stopped after step {stopped_after};" in log.read_text()
-    assert f"going on from {tmp_path}/out/checkpoints/step_{stopped_after:06d}" in log.read_text()
+    assert f"resuming from {tmp_path}/out/checkpoints/step_{stopped_after:06d}" in log.read_text()
     check_same(tmp_path / "out", never_stopped)
 
 
@@ -262,7 +262,7 @@ def test_ahead_of_its_limit_and_canceled(cluster, settings, tmp_path):
     stopped_after = len(read_steps(tmp_path / "out"))
     assert f"stopped after step {stopped_after};" in log.read_text()
     wait_for_step(stopped_after + 5, tmp_path / "out", log)
-    assert f"going on from {tmp_path}/out/checkpoints/step_{stopped_after:06d}" in log.read_text()
+    assert f"resuming from {tmp_path}/out/checkpoints/step_{stopped_after:06d}" in log.read_text()
 
     cluster.call("scancel", job)
     fields = cluster.finish(job, 30)
@@ -288,7 +288,7 @@ def test_a_killed_rank_ends_the_job(cluster, settings, tmp_path):
 
 
 def test_a_lost_node(cluster, settings, never_stopped, tmp_path):
-    """Its daemon is killed and its process answers no more: Slurm notices, queues the job again, and it goes on."""
+    """Its daemon is killed and its process answers no more: Slurm notices, requeues the job, and it resumes."""
     log = tmp_path / "log"
     job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *settings)
     wait_for_step(15, tmp_path / "out", log)
@@ -299,7 +299,7 @@ def test_a_lost_node(cluster, settings, never_stopped, tmp_path):
     os.kill(frozen, signal.SIGKILL)
     cluster.start()
     assert cluster.finish(job)["JobState"] == "COMPLETED", log.read_text()
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     check_same(tmp_path / "out", never_stopped)
 
 

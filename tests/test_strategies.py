@@ -169,12 +169,12 @@ def test_the_same_export(inputs, runs, strategy, kind):
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_is_uninterrupted(inputs, runs, tmp_path, strategy, kind):
-    """From the checkpoint of step 2, bit for bit."""
+    """From the checkpoint of step 2, bit-identical."""
     finished = runs(strategy, kind)
     resumed = keep_checkpoint(finished, tmp_path / "out")
     run = launch(strategy, *words(kind, inputs, resumed, "--resume_from_checkpoint", "latest"))
     assert run.returncode == 0, run.stderr
-    assert "going on from" in run.stderr and "to rounding" not in run.stderr
+    assert "resuming from" in run.stderr and "to rounding" not in run.stderr
     assert without_times(resumed) == without_times(finished)
     ours, expected = (load_file(folder / WEIGHTS[kind]) for folder in (resumed, finished))
     assert [name for name in expected if not ours[name].equal(expected[name])] == []
@@ -303,7 +303,7 @@ def test_what_needs_whole_models_is_refused(inputs, tmp_path):
 
 
 def test_stopped_by_its_time_limit(inputs, runs, tmp_path):
-    """Both processes stop at the same update, and the run goes on to the same end."""
+    """Both processes stop at the same update, and the resumed run has the same result."""
     run = launch("deepspeed_zero3", *words("full", inputs, tmp_path / "out", "--max_time", "00:00:01"))
     assert "stopped after step" in run.stderr, run.stderr
     run = launch("deepspeed_zero3", *words("full", inputs, tmp_path / "out", "--resume_from_checkpoint", "latest"))

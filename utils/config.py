@@ -77,7 +77,7 @@ class TrainingConfig(DataConfig):
     checkpointing_steps: int = setting(10, "optimizer updates between two checkpoints")
     checkpoints_total_limit: int = setting(3, "newest checkpoints that are kept, beside the best")
     resume_from_checkpoint: str | None = setting(
-        None, "latest, or a folder of output_dir/checkpoints: go on from there, as if never stopped"
+        None, "latest, or a folder of output_dir/checkpoints: resume from there, as if never interrupted"
     )
     metric_for_best_model: Literal["loss", "rouge1", "rouge2", "rougeL"] = setting(
         "loss", "what the best checkpoint is chosen by, on the validation rows; ROUGE on the first 64"

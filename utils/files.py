@@ -38,7 +38,7 @@ def write_jsonl(path: Path, rows: list[dict]):
 
 
 def append_line(path: Path, line: str) -> bool:
-    """Whole or not at all, and which of the two; a full disk is a warning, since training can go on."""
+    """Append the whole line or nothing, and return which; a full disk is a warning, since training can continue."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
-"""Texts that are generated already, kept in the output folder until the report is written: what was stopped goes on.
+"""Texts that are generated already, kept in the output folder until the report is written, so that an evaluation that
+was stopped resumes.
 
 Each process appends a line for each finished batch to a file of its own. A line's key says all that the texts follow
 from, so that they are taken up only where the same would come out.

@@ -40,10 +40,10 @@ def check_output_dir(config: Any):
             read = Path(name.rpartition("=")[2] if setting == "predictions_file" else name).resolve()
             if any(path.resolve() in (read, *read.parents) for path in held):
                 raise UserError(f"--{setting} {name} lies in what --output_dir {folder} replaces: take another folder")
-    if held and not config.overwrite_output_dir and not goes_on(config, held):
+    if held and not config.overwrite_output_dir and not is_resumed(config, held):
         ways = "take another, or --overwrite_output_dir"
         if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
-            ways = f"go on with --resume_from_checkpoint latest, {ways}"
+            ways = f"resume with --resume_from_checkpoint latest, {ways}"
         raise UserError(f"--output_dir {folder} holds a run already ({held[0].name}): {ways}")
     links = [path.name for path in held if path.is_symlink() and path.is_dir()]
     if links and (config.overwrite_output_dir or not find_checkpoints(folder)):
@@ -74,7 +74,7 @@ def find_existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def goes_on(config: Any, held: list[Path]) -> bool:
+def is_resumed(config: Any, held: list[Path]) -> bool:
     """Whether the run that output_dir holds is the one to resume."""
     checkpoint = getattr(config, "resume_from_checkpoint", None)
     if checkpoint == "latest":

@@ -33,7 +33,7 @@ def leave_process_group():
         torch.distributed.destroy_process_group()
 
 
-def start_whole_models() -> Accelerator:
+def start_evaluation() -> Accelerator:
     """The processes of an evaluation, which each hold a whole model: how a training is sharded, compiled or rounded
     does not matter."""
     for name in FOR_TRAINING:
@@ -51,7 +51,7 @@ def start_processes(**settings: object) -> Accelerator:
     if not torch.accelerator.is_available():
         if num_gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
             logger.warning("Slurm gives %s GPUs on this node and PyTorch sees none: the CPU computes", num_gpus)
-        # CPU processes find each other on gloo, and must be told so; otherwise each takes itself for the only one.
+        # CPU processes find each other on gloo, and must be told so; otherwise each thinks that it is the only one.
         if asked == "DEEPSPEED":
             settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(hours=2))]
         else:
@@ -66,7 +66,7 @@ def start_processes(**settings: object) -> Accelerator:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != num_processes:
         raise UserError(
-            f"the launcher has started {num_processes} processes, of which each takes itself for the only one; "
+            f"the launcher has started {num_processes} processes, of which each thinks that it is the only one; "
             "start them with accelerate launch or torchrun"
         )
     strategy = accelerator.distributed_type.value

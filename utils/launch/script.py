@@ -23,13 +23,13 @@ from utils.files import DISK_ERRORS
 from utils.launch.command_line import parse_config
 from utils.launch.launcher import check_launcher
 from utils.launch.processes import leave_process_group
-from utils.launch.stopping import EXIT_STOPPED, listen
+from utils.launch.stopping import EXIT_STOPPED, hold_early_signals
 
 
 def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     """Call `main` with the command line's settings; a UserError becomes one line on stderr and exit code 2."""
     if issubclass(config_class, TrainingConfig):
-        listen()
+        hold_early_signals()
     start_logging()
     configure_gpus()
     code = run(main, config_class, demo_file)

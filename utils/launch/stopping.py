@@ -16,15 +16,15 @@ from utils.launch.launcher import find_launch_words
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 PR_SET_PDEATHSIG = 1
-came_early = []
+early_signals = []
 
 
-def listen():
+def hold_early_signals():
     """Remember a SIGUSR1 that comes while the script is loading, so that it stops at its first update.
 
     SIGTERM ends it at once until then: there is nothing to save, and other processes may be waiting for its end.
     """
-    signal.signal(signal.SIGUSR1, lambda number, frame: came_early.append(number))
+    signal.signal(signal.SIGUSR1, lambda number, frame: early_signals.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # slurm/launch.sh holds it back until here
 
 
@@ -35,7 +35,7 @@ class StopRequest:
         self.accelerator = accelerator
         self.file = Path(config.output_dir) / "STOP"
         self.deadline = time.monotonic() + parse_duration(config.max_time) if config.max_time else float("inf")
-        self.signaled = bool(came_early)
+        self.signaled = bool(early_signals)
         self.interrupted_at = None
         self.agreed = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

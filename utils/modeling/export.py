@@ -1,4 +1,4 @@
-"""Write what was trained, whole or not at all, and compare what anybody would load with it."""
+"""Write what was trained atomically, and compare what anybody would load with it."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from utils.config import UserError
 from utils.files import raise_disk_errors, write_json
 from utils.launch.output_dir import find_checkpoints
 from utils.modeling.loading import keep_untied_head
-from utils.modeling.sharding import gather_tensor, whole_models
+from utils.modeling.sharding import gather_tensor, without_zero3
 
 logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -62,7 +62,7 @@ def write_model(
         shutil.rmtree(unchecked, ignore_errors=True)
         raise UserError(f"--{setting} {folder}: the model could not be written: {error.strerror}{advice}") from error
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    with whole_models(accelerator):
+    with without_zero3(accelerator):
         compare_with_folder(state_dict, unchecked)
     for path in obsolete:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

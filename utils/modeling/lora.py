@@ -14,7 +14,7 @@ from utils.config import LoraTrainingConfig, UserError
 from utils.launch.output_dir import check_path, check_writable, find_run_files
 from utils.modeling.export import write_model
 from utils.modeling.loading import load_model
-from utils.modeling.sharding import whole_models
+from utils.modeling.sharding import without_zero3
 from utils.modeling.strategies import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -99,13 +99,13 @@ def check_merge_dir(config: LoraTrainingConfig):
 def merge_adapter(
     accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, config: LoraTrainingConfig
 ):
-    """Write the base and the adapter that output_dir holds as one full model in fp32 into --merge_into, whole or not
-    at all. Both are loaded anew: the trained base may be rounded to fewer bits, or sharded.
+    """Write the base and the adapter that output_dir holds as one full model in fp32 into --merge_into,
+    atomically. Both are loaded anew: the trained base may be rounded to fewer bits, or sharded.
 
     UserError if the merged model does not answer as the two do, by more than rounding.
     """
     if accelerator.is_main_process:
-        with whole_models(accelerator):
+        with without_zero3(accelerator):
             base = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
             model = PeftModel.from_pretrained(base, config.output_dir).eval()
             before = compute_logits(model, data)

@@ -28,7 +28,7 @@ NORM_PIECE = 2**14  # elements
 
 
 @contextlib.contextmanager
-def whole_models(accelerator: Accelerator) -> Iterator[None]:
+def without_zero3(accelerator: Accelerator) -> Iterator[None]:
     """Within, a model that one process loads is whole. Under ZeRO-3 from_pretrained would wait for the others."""
     before = is_deepspeed_zero3_enabled()
     unset_hf_deepspeed_config()

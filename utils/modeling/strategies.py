@@ -25,7 +25,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("--mixed_precision bf16: this GPU has none; use --mixed_precision no")
     tracker = None if config.report_to == "none" else config.report_to
-    if tracker and importlib.util.find_spec(tracker) is None:  # Accelerate would go on without it
+    if tracker and importlib.util.find_spec(tracker) is None:  # Accelerate would continue without it
         raise UserError(f"--report_to {tracker}: the package is not installed; pip install {tracker}")
     accelerator = start_processes(
         mixed_precision="no" if asks_for("DEEPSPEED") else config.mixed_precision,  # DeepSpeed has its own autocast

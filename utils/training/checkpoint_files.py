@@ -1,4 +1,4 @@
-"""A checkpoint's folder: written whole or not at all, verified before it is used, and chosen by whose run it is.
+"""A checkpoint's folder: written atomically, verified before it is used, and chosen by whose run it is.
 
     checkpoints/step_000010/       model.safetensors       what is trained: all weights, or the adapter alone
                                    optimizer.safetensors   AdamW's moments, PARAMETER.exp_avg and so on
@@ -36,7 +36,7 @@ class CheckpointError(Exception):
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, metrics: bytes):
-    """Write `folder` whole or not at all: beside it, flushed to disk, then renamed."""
+    """Write `folder` atomically: beside it, flushed to disk, then renamed."""
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
         for path in (*unfinished.iterdir(), unfinished):
             flush_to_disk(path)
         replaced = folder.with_name(f"{folder.name}.replaced{UNFINISHED}")
-        if folder.exists():  # the run has gone on from before it, or it is damaged
+        if folder.exists():  # the run was resumed from before it, or it is damaged
             folder.rename(replaced)
         unfinished.rename(folder)
         for path in (folder.parent, folder.parent.parent):
@@ -84,10 +84,10 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def choose_checkpoint(
-    config: TrainingConfig, run: dict[str, Any], but: tuple[str, ...] = ()
+    config: TrainingConfig, run: dict[str, Any], unknown: tuple[str, ...] = ()
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `--resume_from_checkpoint` means, and its state; None for `latest` where there is none yet.
-    UserError if it is damaged or of another run, in anything `but` what is not known yet."""
+    UserError if it is damaged or of another run, in anything that is not `unknown` yet."""
     if config.resume_from_checkpoint != "latest":
         candidates = [Path(config.resume_from_checkpoint)]
         if not os.path.isdir(candidates[0]):
@@ -109,11 +109,11 @@ def choose_checkpoint(
             damage.append(str(error))
             continue
         for text in damage:
-            logger.warning("%s: going on from %s", text, folder.name)
+            logger.warning("%s: resuming from %s", text, folder.name)
         differences = [
             f"{name} was {there} and is {here}"
             for name in dict.fromkeys([*run, *state["run"]])
-            if name not in but and (here := run.get(name)) != (there := state["run"].get(name))
+            if name not in unknown and (here := run.get(name)) != (there := state["run"].get(name))
         ]
         if differences:
             raise UserError(f"--resume_from_checkpoint {folder}: it is of another run: {'; '.join(differences)}")
@@ -142,8 +142,8 @@ def remove_checkpoint(folder: Path):
         logger.warning("%s could not be removed: %s", folder, error.strerror)
 
 
-# Settings that may change when a run goes on. With another value of any other it would be another run; a new setting
-# counts as one of those until it is named here. Of model, data and length the fingerprints and counts tell.
+# Settings that may change when a run is resumed. With another value of any other it would be another run; so would it
+# be of a new setting, until it is named here. Of model, data and length the fingerprints and counts tell.
 FREE_SETTINGS = {
     "model_name_or_path", "dataset_name", "train_file", "validation_file", "test_file", "dialogue_column",
     "summary_column", "max_train_samples", "max_eval_samples", "num_train_epochs", "max_train_steps", "demo",

@@ -1,4 +1,4 @@
-"""Save a run and go on with it. The folders are those of checkpoint_files.py.
+"""Save and resume a run. The folders are those of checkpoint_files.py.
 
 A checkpoint is taken before the evaluation of its step, which a resumed run repeats. Randomness needs no state: it is
 reseeded in each step.
@@ -113,7 +113,7 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             metrics = (self.folder / "metrics.jsonl").read_bytes()
             write_file(Path(self.config.output_dir) / "metrics.jsonl", metrics)
-            logger.info("going on from %s", self.folder)
+            logger.info("resuming from %s", self.folder)
             for name, here in self.describe_processes().items():
                 if self.state[name] != here and here != "auto":
                     text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
@@ -186,7 +186,7 @@ class Checkpointer:
             self.write(self.best_folder, {"model": copies}, self.describe_state(step))
 
     def stop(self, request: StopRequest) -> NoReturn:
-        """Leave the run to be gone on with: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
+        """Leave the run to be resumed: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
         failure = self.wait()
         written = self.last_step == 0 or has_checkpoint(self.config.output_dir, self.last_step)
         if self.accelerator.is_main_process:
@@ -196,7 +196,7 @@ class Checkpointer:
         if not written:
             raise UserError(f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}")
         if self.accelerator.is_main_process:
-            logger.info("stopped after step %d; go on with --resume_from_checkpoint latest", self.last_step)
+            logger.info("stopped after step %d; resume with --resume_from_checkpoint latest", self.last_step)
         self.accelerator.wait_for_everyone()
         finish_trackers(self.accelerator)
         sys.exit(EXIT_STOPPED)
@@ -230,7 +230,7 @@ class Checkpointer:
         return {"step": step, "run": self.run, "best": self.best, **self.describe_processes()}
 
     def describe_processes(self) -> dict[str, Any]:
-        """With others, a run goes on to rounding and not to the bit."""
+        """With others, a resumed run is the same to rounding, not to the bit."""
         return {
             "num_processes": self.accelerator.num_processes,
             "strategy": name_strategy(self.accelerator),
@@ -244,7 +244,7 @@ class Checkpointer:
         self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
 
     def wait(self) -> str | None:
-        """Until the thread has written what it was given. What the disk said if that failed; training can go on."""
+        """Wait until the thread has written what it was given; returns the disk's error if that failed."""
         if self.writing is None:
             return None
         writing, self.writing = self.writing, None
@@ -267,7 +267,7 @@ class Checkpointer:
             self.remove_older(state["step"])
 
     def remove_older(self, step: int):
-        """Keep checkpoints_total_limit with that of `step`, and any newer, left by a run gone on with from before."""
+        """Keep checkpoints_total_limit with that of `step`, and any newer, left by a run that was resumed before them."""
         older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < step]
         for path in older[self.config.checkpoints_total_limit - 1 :]:
             remove_checkpoint(path)

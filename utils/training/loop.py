@@ -63,7 +63,7 @@ def train(
     def evaluate(step: int):
         if validation_data and (step % config.eval_steps == 0 or step == num_steps):
             if not log_validation(accelerator, model, tokenizer, validation_data, config, step, stop, checkpointer):
-                save(step)  # and evaluate again when going on
+                save(step)  # and evaluate again when resumed
                 checkpointer.stop(stop)
 
     flops_per_source_token, flops_per_target_token = count_flops_per_token(accelerator.unwrap_model(model))

@@ -117,9 +117,9 @@ def describe_start(
 def describe_output_dir(config: TrainingConfig, run: dict[str, Any]) -> str:
     """UserError for a checkpoint that is damaged or of another run, but for the weights that it started from."""
     if config.resume_from_checkpoint:
-        found = choose_checkpoint(config, identity_settings(config) | run, but=("model_fingerprint",))
+        found = choose_checkpoint(config, identity_settings(config) | run, unknown=("model_fingerprint",))
         if found:
-            return f"the run goes on from {found[0].name}, of {run['num_train_steps']} updates"
+            return f"the run resumes from {found[0].name}, of {run['num_train_steps']} updates"
     folder = Path(config.output_dir)
     if find_run_files(folder):
         return "holds a run, which will be replaced"
@@ -182,7 +182,7 @@ def describe_memory(
         validation = find_largest(measure_micro_batch_shape(lengths[indices]) for indices in plan)
     parts, moments = estimate_memory(accelerator, model, config, largest, validation, len(micro_batches[0]) > 1)
     if accelerator.device.type == "cpu" and num_steps > config.checkpointing_steps:
-        parts["a checkpoint being written"] = 3 * count_bytes(model)[1]  # its copy, while training goes on
+        parts["a checkpoint being written"] = 3 * count_bytes(model)[1]  # its copy, while training continues
     moments = {"a gradient being computed, the sum": sum(parts.values())} | moments
     lines = ["", "memory of a process, estimated"]
     lines += [f"  {name:44}{format_bytes(size):>10}" for name, size in parts.items() if size]

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: the console, metrics.jsonl, run_manifest.json and a tracker."""
+"""What a run reports: the console, metrics.jsonl, run_manifest.json and a tracker."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def describe_run(
 
 def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path | None, run: dict[str, Any]):
     """Open the run's folder and its tracker, and write run_manifest.json: the settings, the versions and `run`.
-    What the folder holds stays there if the run goes on from a checkpoint in it."""
+    What the folder holds stays there if the run resumes from a checkpoint in it."""
     if checkpoint is None or not is_in(checkpoint, config.output_dir):
         clear_output_dir(accelerator, config)
     settings = dataclasses.asdict(config)
