@@ -1,4 +1,4 @@
-"""LoRA's variants: exact where a number can be stated, read back, resumed bit-identically; merged into a full model."""
+"""LoRA variants: exact where a number can be stated, read back, resumed bit-identically; merged into a full model."""
 
 import json
 import logging

@@ -267,7 +267,7 @@ class Checkpointer:
             self.remove_older(state["step"])
 
     def remove_older(self, step: int):
-        """Keep checkpoints_total_limit with that of `step`, and any newer, left by a run that was resumed before them."""
+        """Keep checkpoints_total_limit with that of `step`, and any newer, of a run that was resumed before them."""
         older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < step]
         for path in older[self.config.checkpoints_total_limit - 1 :]:
             remove_checkpoint(path)
