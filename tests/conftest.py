@@ -128,23 +128,27 @@ def run_command(*words: str | Path, timeout: int = 300, **environment: str):
     )
 
 
-def launch(strategy: str, *script: str | Path, lowered: bool = True):
-    """As users do, on two processes of this machine's CPU, with thresholds that a tiny model meets."""
+def launch(strategy: str, *script: str | Path, lowered: bool = True, timeout: int = 300):
+    """Start a script under a strategy, as users do: on two CPU processes, but for "one process".
+
+    Args:
+        lowered: with the libraries' thresholds so low that a tiny model meets them.
+    """
     if strategy == "one process":
-        return run_script(*script)
+        return run_script(*script, timeout=timeout)
     if lowered:
         script = ("tests/lowered_thresholds.py", *script)
     if strategy == "ddp":
-        return run_script(*script, num_processes=2)
+        return run_script(*script, num_processes=2, timeout=timeout)
     if strategy == "fsdp2":
         fsdp = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
         settings = {name.upper(): str(value) for name, value in fsdp.items()}
         return run_script(
-            "tests/fsdp_on_cpu.py", *script, num_processes=2, ACCELERATE_USE_FSDP="true", **settings
+            "tests/fsdp_on_cpu.py", *script, num_processes=2, timeout=timeout, ACCELERATE_USE_FSDP="true", **settings
         )  # accelerate launch would start it for a GPU
     config = f"accelerate_configs/{strategy}.yaml"
     command = ("accelerate", "launch", "--config_file", config, "--num_processes", 2, "--main_process_port", 0)
-    return run_command(*command, *script, DS_ACCELERATOR="cpu")
+    return run_command(*command, *script, timeout=timeout, DS_ACCELERATOR="cpu")
 
 
 def keep_checkpoint(finished: Path, output_dir: Path, step: int = 2) -> Path:

@@ -8,8 +8,8 @@ there under the next strategy. Then flan-t5-base's shape under DDP and ZeRO-3, a
 a table row by row, and exits with 1 if a run failed or ended elsewhere. About 30 minutes on two cores.
 
 `distance` is how far the exported weights are from one process' (when resumed: from the uninterrupted run's), relative
-to how far training moved them. The row "cut otherwise" says what rounding alone makes of it: one process, its
-micro-batches cut in another way. Rows are cut to 32 and 16 tokens, since bf16 is slow on a CPU.
+to how far training moved them; of LoRA, relative to the adapter. The row "cut otherwise" says what rounding alone makes
+of it: one process, its micro-batches cut in another way. Rows are cut to 32 and 16 tokens, since bf16 is slow on a CPU.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Table:
     def run(self, name: str, what: str, strategy: str, words: list, output_dir: Path) -> dict | None:
         """The exported weights of a run, which is the start of a row; None, and a row, if it failed."""
         started = time.perf_counter()
-        finished = launch(strategy, *words, lowered=False)
+        finished = launch(strategy, *words, lowered=False, timeout=1200)
         seconds = f"{time.perf_counter() - started:.0f}"
         if finished.returncode:
             self.failed = True
@@ -79,7 +79,7 @@ def words(kind: str, model: Path, files: dict[str, Path], output_dir: Path, *mor
 
 
 def measure_distance(run: dict, other: dict, before: dict) -> float:
-    """Of the weights, relative to how far `other` has moved from `before`; an adapter begins near 0."""
+    """Of the weights, relative to how far `other` has moved from `before`, or from 0 where there is none."""
     moved, expected = (
         {name: one["weights"][name] - before.get(name, 0) for name in one["weights"]} for one in (run, other)
     )
@@ -95,6 +95,8 @@ def compare_strategies(table: Table, model: Path, files: dict[str, Path], folder
         recut_dir = folder / f"{kind} recut"
         recut_words = words(kind, model, files, recut_dir, "--per_device_train_batch_size", 4)
         recut = table.run(f"{name}, one process", "3 updates, cut otherwise", "one process", recut_words, recut_dir)
+        if alone is None or recut is None:
+            continue
         rounding = measure_distance(recut, alone, before)
         table.end_row(recut, rounding, True, "")
         table.end_row(alone, None, True, "")
@@ -118,9 +120,16 @@ def compare_strategies(table: Table, model: Path, files: dict[str, Path], folder
                 else:
                     expected = distance < TIMES_ROUNDING * rounding
                     table.end_row(resumed, distance, expected, "as uninterrupted to rounding")
-                shutil.rmtree(resumed_dir)
-            if strategy != "ddp":
-                shutil.rmtree(output_dir)
+                remove(resumed_dir)
+            remove(output_dir)
+        remove(alone_dir)
+        remove(recut_dir)
+
+
+def remove(output_dir: Path):
+    """With what was merged beside it."""
+    for folder in (output_dir, output_dir.with_name(f"{output_dir.name}_merged")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def try_base(table: Table, model: Path, files: dict[str, Path], folder: Path):
@@ -138,7 +147,7 @@ def try_base(table: Table, model: Path, files: dict[str, Path], folder: Path):
     started, report = time.perf_counter(), folder / "report"
     finished = launch(
         "ddp", "evaluate_rouge.py", "--models", f"before={model}", f"after={folder / 'ddp'}", "--test_file",
-        files["validation"], "--max_new_tokens", 20, "--output_dir", report, lowered=False,
+        files["validation"], "--max_new_tokens", 20, "--output_dir", report, lowered=False, timeout=1200,
     )  # fmt: skip
     num_texts = len(read_jsonl(report / "predictions.jsonl")) if finished.returncode == 0 else 0
     table.failed |= num_texts != 8

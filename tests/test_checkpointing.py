@@ -267,7 +267,7 @@ def test_a_signal_while_it_is_loading(paths, tmp_path):
 def test_a_signal_on_the_way_out(paths, tmp_path):
     """The work is done: the exit code says so."""
     script = (
-        "import atexit, os, signal, train_full; from utils.launching import run_script;"
+        "import atexit, os, signal, train_full; from utils.launch.script import run_script;"
         "from utils.config import TrainingConfig;"
         "atexit.register(lambda: os.write(1, signal.getsignal(signal.SIGUSR1).name.encode()));"
         "run_script(train_full.main, TrainingConfig, 'train_full.yaml')"

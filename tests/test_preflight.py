@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(flan_t5, data_files, tmp_path):
 def test_a_disk_too_small(start, tmp_path, small_disk, capsys):
     """12 bytes of each parameter for each of two checkpoints, 4 for each of two best models and the export."""
     output_dir = small_disk(700) / "out"
-    text = "--output_dir .*out: checkpoints 2, best models 2, the export take [0-9.]+ MB, and [01] MB are free; lower "
+    text = "--output_dir .*out: checkpoints 2, best models 2, the export: [0-9.]+ MB needed, [01] MB free; lower "
     with pytest.raises(UserError, match=text):
         start(output_dir=str(output_dir), max_train_steps=20)
     screen = capsys.readouterr().out
@@ -156,11 +156,11 @@ def test_a_disk_too_small_for_the_merged_model(flan_t5, data_files, tmp_path, sm
 
     screen = start_preflight(disk / "out", tmp_path / "merged")
     assert f"disk        {size / 1e6:.0f} MB: the merged model; " in screen
-    text = "out: checkpoints 1, best models 1, the export, the merged model take [0-9.]+ MB, and [01] MB are free"
+    text = "out: checkpoints 1, best models 1, the export, the merged model: [0-9.]+ MB needed, [01] MB free"
     with pytest.raises(UserError, match=f"--output_dir .*{text}"):
         start_preflight(disk / "out", disk / "merged")
     (disk / "full").write_bytes(bytes(200_000))
-    with pytest.raises(UserError, match="--merge_into .*merged: the merged model take.* free; take another disk"):
+    with pytest.raises(UserError, match="--merge_into .*merged: the merged model: .* free; take another disk"):
         start_preflight(tmp_path / "out", disk / "merged")
     assert [path.name for path in disk.iterdir()] == ["full"]
 

@@ -3,7 +3,7 @@
 `accelerate launch` passes its settings on as ACCELERATE_... variables, some of which win over the script's own without
 a word, and starts one process where it cannot start more. Its own functions read its words and its YAML here.
 
-    python -m utils.launcher accelerate_configs/deepspeed_zero2.yaml    # what slurm/launch.sh evaluates
+    python -m utils.launch.launcher accelerate_configs/deepspeed_zero2.yaml    # what slurm/launch.sh evaluates
 """
 
 import contextlib

@@ -58,7 +58,7 @@ def check_output_dir(config: Any):
 def check_path(folder: Path, setting: str):
     try:
         if folder.is_symlink() and not folder.exists():
-            raise UserError(f"--{setting} {folder}: a link to what is not there")
+            raise UserError(f"--{setting} {folder}: a dangling link")
     except OSError as error:  # a name too long
         raise UserError(f"--{setting} {folder}: {error.strerror}") from error
 

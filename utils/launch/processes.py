@@ -46,7 +46,7 @@ def start_processes(**settings: object) -> Accelerator:
     asked = next((strategy for strategy in ("DEEPSPEED", "FSDP") if asks_for(strategy)), None)
     if asked and "LOCAL_RANK" not in os.environ:
         raise UserError(f"ACCELERATE_USE_{asked} is set: start the script with accelerate launch or torchrun")
-    # The main process alone hashes checkpoints and writes and reloads models while the others wait.
+    # The main process alone hashes checkpoints, writes models and merges them while the others wait.
     settings["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]
     if not torch.accelerator.is_available():
         if num_gpus := os.environ.get("SLURM_GPUS_ON_NODE"):

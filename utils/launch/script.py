@@ -1,7 +1,6 @@
 """Start a script: its settings, its log, and one line instead of a traceback for a user's mistake."""
 
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import platform

@@ -44,7 +44,7 @@ def write_model(
     advice: str = "",
     obsolete: Iterable[Path] = (),
 ):
-    """Whole or not at all: the files are first written beside, loaded as anybody would load them and compared with
+    """Atomically: the files are first written beside, and what stock transformers reads from them is compared with
     `state_dict`; only then what is `obsolete` goes. For one process alone."""
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
@@ -70,7 +70,7 @@ def write_model(
     for path in sorted(unchecked.iterdir(), key=lambda path: path.name in CONFIG_FILES):
         path.replace(folder / path.name)
     unchecked.rmdir()
-    logger.info("saved %s, reloaded and found equal to what was trained", folder)
+    logger.info("saved %s, read back and found equal to what was trained", folder)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):

@@ -216,7 +216,7 @@ def describe_disk(
     for setting, content, needed, free in disks:
         lines.append(f"disk        {format_bytes(needed)}: {content}; {format_bytes(free)} free")
         if needed > free and not problem:
-            problem = f"{setting}: {content} take {format_bytes(needed)}, and {format_bytes(free)} are free"
+            problem = f"{setting}: {content}: {format_bytes(needed)} needed, {format_bytes(free)} free"
             problem += "; lower --checkpoints_total_limit" * setting.startswith("--output_dir") + "; take another disk"
     return lines, problem
 
