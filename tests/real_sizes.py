@@ -8,8 +8,8 @@ there under the next strategy. Then flan-t5-base's shape under DDP and ZeRO-3, a
 a table row by row, and exits with 1 if a run failed or ended elsewhere. About 30 minutes on two cores.
 
 `distance` is how far the exported weights are from one process' (when resumed: from the uninterrupted run's), relative
-to how far training moved them; of LoRA, relative to the adapter. The row "cut otherwise" says what rounding alone makes
-of it: one process, its micro-batches cut in another way. Rows are cut to 32 and 16 tokens, since bf16 is slow on a CPU.
+to how far training moved them; of LoRA, relative to the adapter. The row "cut otherwise" says what rounding does
+to it: one process, its micro-batches cut in another way. Rows are cut to 32 and 16 tokens: bf16 is slow on a CPU.
 """
 
 import argparse
