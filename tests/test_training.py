@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import make_rows, read_jsonl, relative_difference, run_script, write_flan_t5, write_rows
+from conftest import (
+    make_rows,
+    read_jsonl,
+    relative_difference,
+    run_command,
+    run_script,
+    write_flan_t5,
+    write_rows,
+)
 from gradient_worker import main as save_gradient
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,6 +116,14 @@ def test_metrics(flan_t5, data_files, tmp_path):
     assert manifest["num_train_steps"] == 5 and manifest["num_train_examples"] == 40
     assert manifest["num_parameters"] == manifest["num_trainable_parameters"] > 10_000
     assert manifest["num_processes"] == 1 and manifest["settings"]["warmup_ratio"] == 0.4
+
+
+def test_peak_memory_is_this_process_own():
+    """getrusage would count what the parent held when it started the process."""
+    code = "from utils.training.tracking import *; print(measure_peak_memory(Accelerator(cpu=True)))"
+    parent = f"import subprocess, sys; held = bytearray(2 * 2**30); subprocess.run([sys.executable, '-c', '{code}'])"
+    run = run_command(sys.executable, "-c", parent)
+    assert 100 < float(run.stdout.split()[-1]) < 1500, run.stderr
 
 
 def test_tracker_gets_what_metrics_jsonl_says(flan_t5, data_files, tmp_path):

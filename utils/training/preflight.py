@@ -52,15 +52,17 @@ def report_preflight(
                 accelerator, config, model, micro_batches, validation_data, run["num_train_steps"], free
             )
             disk_lines, disk_problem = describe_disk(config, model, validation_data, run["num_train_steps"])
-            sys.stdout.write("\n".join([*lines, *memory_lines, *disk_lines]) + "\n")
-            sys.stdout.flush()
+            problem = disk_problem
             if needed > free:
                 problem = (
                     f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} "
-                    "are free for each; lower --per_device_train_batch_size, or see accelerate_configs/ for sharding"
+                    "are free for each; lower --per_device_train_batch_size (auto, on a GPU), set "
+                    "--gradient_checkpointing, or see accelerate_configs/ for sharding"
                 )
-            else:
-                problem = disk_problem
+            verdict = "it cannot start: see the error" if problem else "it can start"
+            lines += [*memory_lines, *disk_lines, "", f"verdict     {verdict}"]
+            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.flush()
         except UserError as error:
             problem = str(error)
     (problem,) = broadcast_object_list([problem])

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-import platform
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -96,5 +96,7 @@ def measure_peak_memory(accelerator: Accelerator) -> float:
     """Most memory that this process has held, in MiB: on a GPU what PyTorch allocated there, else resident memory."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # getrusage counts KiB on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+    status = Path("/proc/self/status")
+    if status.exists():  # where getrusage would give what the parent held, if that was more
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
