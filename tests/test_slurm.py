@@ -174,16 +174,20 @@ def test_two_nodes_train_together(cluster, settings, never_stopped, tmp_path):
 
 @pytest.fixture(scope="module")
 def no_dropout(data_files, tmp_path_factory) -> tuple:
-    """Words of a short training that does not depend on the number of processes, and what one process makes of it."""
+    """Words of a short training that does not depend on the number of processes, what one process makes of it, and how
+    far from that rounding alone can take it: AdamW divides a gradient by its size, so what is near 0 shows."""
     folder = tmp_path_factory.mktemp("no_dropout")
     words = (
         "--model_name_or_path", write_flan_t5(folder / "model", dropout_rate=0.0), "--lora_dropout", "0",
         "--train_file", data_files["train"], "--total_train_batch_size", "8", "--logging_steps", "1",
         "--per_device_train_batch_size", "2", "--max_train_steps", NUM_SHORT_STEPS, "--mixed_precision", "no",
     )  # fmt: skip
-    run = run_script("train_lora.py", *words, "--output_dir", folder / "out")
-    assert run.returncode == 0, run.stderr
-    return words, load_file(folder / "out" / "adapter_model.safetensors")
+    adapters = []
+    for name, script in (("out", ["train_lora.py"]), ("rounded", ["tests/rounded_gradient.py", "train_lora.py"])):
+        run = run_script(*script, *words, "--output_dir", folder / name)
+        assert run.returncode == 0, run.stderr
+        adapters.append(load_file(folder / name / "adapter_model.safetensors"))
+    return words, adapters[0], relative_difference(adapters[1], adapters[0])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,7 @@ def no_dropout(data_files, tmp_path_factory) -> tuple:
 )
 @pytest.mark.parametrize("num_nodes", [2, 3])
 def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_path, num_nodes, config_file, strategy):
-    words, expected = no_dropout
+    words, expected, rounding = no_dropout
     words = (*words, "--output_dir", tmp_path / "out", "--config_file", f"accelerate_configs/{config_file}.yaml")
     job = cluster.submit(tmp_path / "log", "--nodes", num_nodes, "slurm/train_lora.sbatch", *words)
     assert cluster.finish(job, 120)["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
@@ -200,7 +204,8 @@ def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_pa
     assert read_steps(tmp_path / "out") == list(range(1, NUM_SHORT_STEPS + 1))
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert adapter.keys() == expected.keys()
-    assert relative_difference(adapter, expected) < 1e-5  # sums in another order, of which AdamW shows what is near 0
+    # 0.74 of it was measured on three nodes, 0.05 on two.
+    assert 0 < rounding < 1e-3 and relative_difference(adapter, expected) < 4 * rounding
 
 
 @pytest.mark.parametrize("word", ["utils.launch.launcher", "train_lora.py"])

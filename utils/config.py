@@ -183,7 +183,9 @@ class EvaluationConfig(DataConfig):
         if not -100 <= self.length_penalty <= 100:
             raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
         if self.length_penalty != 1 and self.num_beams == 1:
-            raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
+            raise UserError(
+                f"--length_penalty must be left at 1 without --num_beams above 1, got {self.length_penalty}"
+            )
         if self.max_new_tokens > 100_000:
             raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
         names = [model.partition("=")[0] for model in self.models]
