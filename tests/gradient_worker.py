@@ -12,12 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import TrainingConfig
 from utils.data.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
+from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.launch.processes import leave_process_group
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.strategies import start_accelerator
-from utils.training.loss import compute_gradient, load_batches
+from utils.training.step import compute_gradient
 
 
 def main(model_path: str, train_file: str, total: str, per_device: str, output: str):

@@ -21,6 +21,7 @@ import train_full
 import utils.modeling.strategies
 import utils.training.batch_size
 import utils.training.loop
+import utils.training.step
 from utils.config import TrainingConfig
 from utils.launch.processes import leave_process_group
 
@@ -35,7 +36,7 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
     forward = T5ForConditionalGeneration.forward
     find_batch_size, compute_gradient = (
         utils.training.batch_size.find_batch_size,
-        utils.training.batch_size.compute_gradient,
+        utils.training.step.compute_gradient,
     )
 
     def limited_forward(model, input_ids=None, **inputs):
@@ -61,7 +62,7 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
     utils.modeling.strategies.check_auto = lambda accelerator, config: None  # the CPU stands for a GPU
     T5ForConditionalGeneration.forward = limited_forward
     utils.training.loop.find_batch_size = watched_find_batch_size
-    utils.training.batch_size.compute_gradient = watched_compute_gradient
+    utils.training.step.compute_gradient = watched_compute_gradient
     config = TrainingConfig(
         model_name_or_path=model_path, train_file=train_file, output_dir=output_dir, total_train_batch_size=20,
         per_device_train_batch_size="auto", mixed_precision="no", logging_steps=1, learning_rate=1e-4,

@@ -33,11 +33,12 @@ from safetensors.torch import load_file
 import train_full
 import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.data import prefetch
 from utils.launch import stopping
 from utils.launch.output_dir import find_checkpoints, step_of
 from utils.launch.processes import leave_process_group
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
-from utils.training import checkpoint_files, checkpointing, loop
+from utils.training import checkpoint_files, checkpointing, loop, tracking, validation
 from utils.training.checkpoint_files import CheckpointError, choose_checkpoint, verify_checkpoint
 
 SCRIPTS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
@@ -88,7 +89,7 @@ def resume(kind: str, paths: dict[str, str], output_dir: Path, **settings) -> in
 @contextlib.contextmanager
 def acting_in_step(step: int, action):
     """Call `action` while `step` is being computed."""
-    select_examples = loop.select_examples
+    select_examples = prefetch.select_examples
 
     def select_and_act(num_examples, total, seed, index):
         if index == step - 1:
@@ -96,7 +97,7 @@ def acting_in_step(step: int, action):
         return select_examples(num_examples, total, seed, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "select_examples", select_and_act)
+        patch.setattr(prefetch, "select_examples", select_and_act)
         yield
 
 
@@ -664,7 +665,7 @@ def test_the_best_is_exported(paths, tmp_path, monkeypatch, kind, stop_step):
         return {"loss": [6.0, *losses.values()][step], "num_examples": 9, "num_target_tokens": 100}
 
     monkeypatch.setattr(loop, "evaluate_loss", evaluate_loss)
-    monkeypatch.setattr(loop, "log_validation", skip_all_but(losses, loop.log_validation))
+    monkeypatch.setattr(loop, "validate", skip_all_but(losses, loop.validate))
     settings = {"eval_steps": 2, "load_best_model_at_end": True}
     if stop_step:
         assert stop_in_step(stop_step, kind, paths, tmp_path / "out", **settings) == EXIT_STOPPED
@@ -710,7 +711,7 @@ def test_the_best_by_rouge(paths, tmp_path, monkeypatch):
         scored.append((predictions, references))
         return {"rougeL": [[next(values)] for _ in predictions[:1]]}
 
-    monkeypatch.setattr(loop, "score_texts", score_texts)
+    monkeypatch.setattr(validation, "score_texts", score_texts)
     assert train("full", paths, tmp_path / "out", metric_for_best_model="rougeL") == 0
     lines = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "validation"]
     assert [line["rougeL"] for line in lines] == [0.1, 0.2, 0.4, 0.3]
@@ -775,13 +776,13 @@ def test_a_checkpoint_of_another_folder_is_there_from_the_start(paths, never_sto
     assert len(steps) == len(set(steps))
 
 
-def skip_all_but(steps: dict, log_validation):
-    def log_some(accelerator, model, tokenizer, data, config, step, *others):
+def skip_all_but(steps: dict, validate):
+    def validate_some(accelerator, model, tokenizer, data, config, step, *others):
         if step and step not in steps:
             return True
-        return log_validation(accelerator, model, tokenizer, data, config, step, *others)
+        return validate(accelerator, model, tokenizer, data, config, step, *others)
 
-    return log_some
+    return validate_some
 
 
 def test_the_best_is_that_of_the_lowest_loss(never_stopped):
@@ -820,8 +821,27 @@ def test_a_full_disk(paths, never_stopped, small_disk, caplog):
         verify_checkpoint(find_checkpoints(output_dir, kind)[0])
 
 
-def test_lines_that_a_full_disk_refused_are_written_later(paths, small_disk, caplog):
-    """Full for 20 lines, which is more than the file's last page has room for."""
+@pytest.mark.parametrize(("split", "step"), [("train", 6), ("validation", 8)])
+def test_a_line_that_a_full_disk_refuses_ends_the_run(paths, never_stopped, tmp_path, monkeypatch, split, step):
+    """After a checkpoint, from which the line is written when the run is resumed."""
+    append_line, full = tracking.append_line, True
+
+    def refuse(path, line):
+        if full and json.loads(line)["split"] == split and json.loads(line)["step"] == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append_line(path, line)
+
+    monkeypatch.setattr(tracking, "append_line", refuse)
+    text = f"metrics.jsonl: No space left on device; step {step} is saved, resume with --resume_from_checkpoint"
+    with pytest.raises(UserError, match=text):
+        train("full", paths, tmp_path / "out")
+    full = False
+    assert resume("full", paths, tmp_path / "out") == 0
+    check_same("full", tmp_path / "out", never_stopped["full"])
+
+
+def test_a_full_disk_takes_no_line(paths, small_disk):
+    """Nor a checkpoint of the step; the run is resumed from the one before."""
     output_dir = small_disk(8000) / "out"
     filling = output_dir.parent / "filling"
 
@@ -830,12 +850,18 @@ def test_lines_that_a_full_disk_refused_are_written_later(paths, small_disk, cap
             while True:
                 file.write(bytes(4096))
 
-    settings = {"max_train_steps": 24, "logging_steps": 1, "eval_steps": 100, "checkpointing_steps": 100}
-    with acting_in_step(3, fill), acting_in_step(23, filling.unlink):
-        assert train("full", paths, output_dir, **settings) == 0
-    assert "metrics.jsonl lacks a line: No space left on device" in caplog.text
-    steps = [line["step"] for line in read_jsonl(output_dir / "metrics.jsonl") if line["split"] == "train"]
-    assert steps == list(range(1, 25))
+    settings = {"max_train_steps": 60, "logging_steps": 1, "eval_steps": 100, "checkpointing_steps": 2}
+    with (
+        acting_in_step(3, fill),
+        pytest.raises(UserError, match="metrics.jsonl: No space .* but its checkpoint could"),
+    ):
+        train("full", paths, output_dir, **settings)
+    lines = read_jsonl(output_dir / "metrics.jsonl")  # the file's last page had room for some
+    filling.unlink()
+    assert resume("full", paths, output_dir, **settings) == 0
+    assert [line["loss"] for line in read_jsonl(output_dir / "metrics.jsonl")[: len(lines)]] == [
+        line["loss"] for line in lines
+    ]
 
 
 def test_a_stop_on_a_full_disk(paths, never_stopped, small_disk):

@@ -28,15 +28,16 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 
 import train_full
 import train_lora
-import utils.training.loss
+import utils.training.step
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.lora import add_lora
-from utils.modeling.sharding import clip_gradient
+from utils.modeling.passes import clip_gradient
 from utils.prompting import build_prompt
-from utils.training.loss import compute_gradient, load_batches
+from utils.training.step import compute_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -167,8 +168,8 @@ def test_validation_loss_is_per_target_token(flan_t5, data_files, tmp_path):
 def test_a_loss_for_training_alone_is_not_validations(flan_t5, data_files, tmp_path, monkeypatch):
     settings = {"max_train_steps": 1, "mixed_precision": "no"}
     plain = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "plain", **settings)
-    compute_training_loss = utils.training.loss.compute_training_loss
-    monkeypatch.setattr(utils.training.loss, "compute_training_loss", lambda *given: 2 * compute_training_loss(*given))
+    compute_training_loss = utils.training.step.compute_training_loss
+    monkeypatch.setattr(utils.training.step, "compute_training_loss", lambda *given: 2 * compute_training_loss(*given))
     twice = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "twice", **settings)
     assert twice["train"][0]["loss"] == 2 * plain["train"][0]["loss"]
     assert twice["validation"][0] == plain["validation"][0]
@@ -317,7 +318,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(flan_t5, data_files,
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(flan_t5).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"^validation after 0 updates: .*row_0\b"):
+    with pytest.raises(UserError, match=r"^validation: the loss is not finite in .*row_0\b"):
         train_in_process(train_full, TrainingConfig, tmp_path / "model", data_files, tmp_path / "out")
     assert not (tmp_path / "out" / "last_good_model").exists()
 

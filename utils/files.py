@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-logger = logging.getLogger(__name__)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
 
 
@@ -37,18 +35,16 @@ def write_jsonl(path: Path, rows: list[dict]):
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def append_line(path: Path, line: str) -> bool:
-    """Append the whole line or nothing, and return which; a full disk is a warning, since training can continue."""
+def append_line(path: Path, line: str):
+    """Append the whole line, or nothing and raise OSError."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        return True
-    except OSError as error:
-        logger.warning("%s lacks a line: %s", path, error.strerror)
+    except OSError:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
-        return False
+        raise
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from, so that they are taken up only where the same would come out.
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from utils.files import append_line
 
+logger = logging.getLogger(__name__)
 PATTERN = "predictions.partial-*.jsonl"
 
 
@@ -42,8 +44,11 @@ def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summa
 def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: list[Summary]):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PATTERN.replace("*", str(accelerator.process_index))
-    # A line break before it as well: the line before may be torn.
-    append_line(path, "\n" + json.dumps({"key": key, "summaries": summaries}, ensure_ascii=False))
+    try:
+        # A line break before it as well: the line before may be torn.
+        append_line(path, "\n" + json.dumps({"key": key, "summaries": summaries}, ensure_ascii=False))
+    except OSError as error:  # only a stopped evaluation would need it
+        logger.warning("%s lacks a batch: %s", path, error.strerror)
 
 
 def remove_batches(folder: Path):

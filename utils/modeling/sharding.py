@@ -1,16 +1,12 @@
-"""What a step, a checkpoint and the export do otherwise where DeepSpeed or FSDP2 shard a model: all of it is here, so
-that they are the same under each strategy.
-"""
+"""Weights and moments that DeepSpeed or FSDP2 shard: gathered, and set from whole values."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
-from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import (
     deepspeed_config,
     is_deepspeed_zero3_enabled,
@@ -18,13 +14,9 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from utils.modeling.strategies import (
-    is_deepspeed,
-    is_sharded,
-)
+from utils.modeling.strategies import is_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NORM_PIECE = 2**14  # elements
 
 
 @contextlib.contextmanager
@@ -55,75 +47,6 @@ def zero3_loads_in(dtype: torch.dtype) -> Iterator[None]:
         del settings["bf16"]
         if before is not None:
             settings["bf16"] = before
-
-
-@contextlib.contextmanager
-def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass. Whole gradients are exchanged once an update, in its `last`
-    micro-batch; sharded ones in every micro-batch, since no process holds a whole one."""
-    if is_deepspeed(accelerator):
-        model.set_gradient_accumulation_boundary(last)
-        yield
-    elif last or is_sharded(accelerator):
-        yield
-    else:
-        with accelerator.no_sync(model):
-            yield
-
-
-def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tensor):
-    if is_deepspeed(accelerator):
-        model.backward(loss)  # accelerator.backward would take the optimizer's step too, before the loss is looked at
-    else:
-        accelerator.backward(loss)
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Around forward passes without a backward pass: evaluation mode, no gradients."""
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train()
-    if hasattr(model, "empty_partition_cache"):
-        # ZeRO-3 fetches weights ahead, which only a backward pass releases. Left in flight, they cannot be gathered
-        # for a checkpoint or the export: "Cannot partition a param in flight" (DeepSpeed's issue 3068).
-        model.empty_partition_cache()
-
-
-def update(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> float:
-    """Clip, and update the weights unless the gradient is not finite; returns its norm before clipping.
-
-    It waits for the device, as nothing else in an update does: a batch of 256 is worth it, a ruined model is not.
-    """
-    if is_deepspeed(accelerator):
-        model.step()  # which clips
-        return math.inf if model.optimizer.overflow else float(model.get_global_grad_norm())
-    grad_norm = clip_gradient(accelerator, model, max_grad_norm)
-    if math.isfinite(grad_norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm
-
-
-def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
-    """Scale the gradient to an L2 norm of at most max_grad_norm; returns its norm before that."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    pieces = gradients
-    if accelerator.device.type == "cpu":
-        # A CPU adds up a tensor's squares in fp32 one after another: of 25 million, 0.14 % are lost. A GPU adds in a
-        # tree.
-        pieces = [piece for gradient in gradients for piece in gradient.flatten().split(NORM_PIECE)]
-    norm = get_total_norm(pieces)
-    if accelerator.distributed_type == DistributedType.FSDP:  # each process has its shards' norm
-        norm = accelerator.reduce(norm.square(), "sum").sqrt()
-    grad_norm = float(norm)
-    if grad_norm > max_grad_norm:
-        torch._foreach_mul_(gradients, max_grad_norm / grad_norm)
-    return grad_norm
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

@@ -1,9 +1,7 @@
-"""`--per_device_train_batch_size auto`: the largest micro-batches that the device holds, and a way on if one does not
-fit after all."""
+"""`--per_device_train_batch_size auto`: the largest micro-batches that the device holds."""
 
 import logging
 import math
-from collections.abc import Callable, Iterable
 
 import datasets
 import numpy as np
@@ -12,7 +10,7 @@ from accelerate import Accelerator
 
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import collate
-from utils.training.loss import compute_gradient, compute_target_logits, compute_training_loss
+from utils.training.step import compute_target_logits, compute_training_loss
 
 logger = logging.getLogger(__name__)
 
@@ -69,31 +67,3 @@ def fits_device(accelerator: Accelerator, model: torch.nn.Module, examples: dict
         model.zero_grad()
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def compute_gradient_in_memory(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    micro_batches: list[dict],
-    num_target_tokens: int,
-    plan_again: Callable[[int], Iterable[dict]],
-    batch_size: int,
-) -> tuple[list[torch.Tensor], list[dict]]:
-    """The step's losses and the micro-batches that gave them: if a micro-batch does not fit, the gradient so far is
-    thrown away and computed again from `plan_again(smaller batch size)`, on all processes alike."""
-    while True:
-        try:
-            return compute_gradient(accelerator, model, micro_batches, num_target_tokens, recover=True), micro_batches
-        except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise UserError(f"one example does not fit into memory: {error}") from error
-        # Here and not above, where the exception still holds what filled the memory.
-        model.zero_grad()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if accelerator.is_main_process:
-            logger.warning(
-                "out of memory at batch size %d: the step is taken again at %d", batch_size, batch_size // 2
-            )
-        batch_size //= 2
-        micro_batches = list(plan_again(batch_size))

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -36,10 +35,9 @@ from utils.training.checkpoint_files import (
     remove_checkpoint,
     write_checkpoint,
 )
-from utils.training.tracking import finish_trackers
+from utils.training.tracking import Interval, finish_trackers
 
 logger = logging.getLogger(__name__)
-SUMS_OF_A_PROCESS = ("loss_sum", "num_computed_tokens")  # what an open interval sums per process; the rest is alike
 
 
 class Checkpointer:
@@ -87,14 +85,18 @@ class Checkpointer:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    ) -> Counter:
-        """Set everything to the checkpoint's values, and metrics.jsonl too; returns the open interval."""
+        batch_size: int,
+    ) -> Interval:
+        """Set everything to the checkpoint's values, and metrics.jsonl too; returns the open interval. These are what
+        `save` will take."""
+        self.model, self.optimizer, self.lr_scheduler, self.batch_size = model, optimizer, lr_scheduler, batch_size
+        self.interval = Interval.restore(self.accelerator, self.state["interval"]) if self.state else Interval()
         if self.accelerator.is_main_process:
             (Path(self.config.output_dir) / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
             for path in self.parent.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path, ignore_errors=True)
         if self.folder is None:
-            return Counter()
+            return self.interval
         if self.accelerator.is_main_process:
             # Which a kill may have prevented.
             self.remove_older(self.last_step)
@@ -103,13 +105,12 @@ class Checkpointer:
                     remove_checkpoint(path)
         if not self.folder.is_dir():  # the main process has verified it
             raise UserError(f"{self.folder} cannot be seen by every process: --output_dir must be on a shared disk")
-        self.load_weights(model, self.folder)
+        self.load_weights(self.folder)
         parameters = trainable_parameters(self.accelerator, model)
         set_moments(self.accelerator, optimizer, parameters, load_file(self.folder / "optimizer.safetensors"))
         lr_scheduler.load_state_dict(self.state["lr_scheduler"])
         for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
-        interval = self.restore_interval()
         if self.accelerator.is_main_process:
             metrics = (self.folder / "metrics.jsonl").read_bytes()
             write_file(Path(self.config.output_dir) / "metrics.jsonl", metrics)
@@ -119,74 +120,53 @@ class Checkpointer:
                     text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
                     logger.info(text, name, self.state[name], here)
         self.accelerator.wait_for_everyone()
-        return interval
+        return self.interval
 
-    def restore_interval(self) -> Counter:
-        """The open interval, each process with its own sums, so that their total is rounded as it would have been. If
-        the number of processes is another, the main one takes the totals."""
-        interval = Counter(self.state["interval"])
-        for name in SUMS_OF_A_PROCESS if interval else ():
-            of_each, index = interval[name], self.accelerator.process_index
-            if len(of_each) == self.accelerator.num_processes:
-                interval[name] = of_each[index]
-            else:
-                interval[name] = sum(of_each) if index == 0 else 0.0
-        return interval
-
-    def load_weights(self, model: torch.nn.Module, folder: Path):
+    def load_weights(self, folder: Path):
         weights = load_file(folder / "model.safetensors")
-        for name, parameter in trainable_parameters(self.accelerator, model).items():
+        for name, parameter in trainable_parameters(self.accelerator, self.model).items():
             set_parameter(parameter, weights[name])
 
-    def save(
-        self,
-        step: int,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-        interval: Counter,
-        batch_size: int,
-    ):
-        """Take the state after `step` updates. Training waits for the copy of the tensors, not for the disk."""
+    def save(self, step: int):
+        """Save the state after `step` updates, unless that is done. Training waits for the copy of the tensors, not
+        for the disk."""
+        if step == self.last_saved:
+            return
         started = time.perf_counter()
-        sums = dict(interval)
-        if interval:
-            parts = [torch.as_tensor(sums[name], dtype=torch.float32) for name in SUMS_OF_A_PROCESS]
-            parts = torch.stack([part.to(self.accelerator.device) for part in parts])
-            for name, of_each in zip(SUMS_OF_A_PROCESS, self.accelerator.gather(parts[None]).T.tolist(), strict=True):
-                sums[name] = of_each
+        interval = self.interval.save(self.accelerator)
         self.last_step = self.last_saved = step
         self.wait()  # before there is a second copy in memory
         self.accelerator.wait_for_everyone()  # DeepSpeed's own process group waits for ten minutes only
-        parameters = trainable_parameters(self.accelerator, model)
+        parameters = trainable_parameters(self.accelerator, self.model)
         tensors = {
             "model": self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items()),
-            "optimizer": self.copy(gather_moments(self.accelerator, optimizer, parameters)),
+            "optimizer": self.copy(gather_moments(self.accelerator, self.optimizer, parameters)),
         }
         if not self.accelerator.is_main_process:
             return
         state = self.describe_state(step) | {
-            "lr_scheduler": lr_scheduler.state_dict(),
-            "interval": sums,
-            "per_device_train_batch_size": batch_size,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "interval": interval,
+            "per_device_train_batch_size": self.batch_size,
         }
         self.write(self.parent / f"step_{step:06d}", tensors, state)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
-    def save_if_best(self, step: int, model: torch.nn.Module, value: float):
+    def save_if_best(self, step: int, value: float):
         """Keep these weights if no earlier validation gave a lower `value`."""
         if self.best and self.best["value"] <= value:
             return
         self.best, self.best_folder = {"step": step, "value": value}, self.parent / f"best_step_{step:06d}"
         self.wait()
         self.accelerator.wait_for_everyone()
-        parameters = trainable_parameters(self.accelerator, model)
+        parameters = trainable_parameters(self.accelerator, self.model)
         copies = self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items())
         if self.accelerator.is_main_process:
             self.write(self.best_folder, {"model": copies}, self.describe_state(step))
 
-    def stop(self, request: StopRequest) -> NoReturn:
-        """Leave the run to be resumed: SystemExit with EXIT_STOPPED, or UserError if nothing could be written."""
+    def stop(self, request: StopRequest, error: str | None = None) -> NoReturn:
+        """Leave the run to be resumed: SystemExit with EXIT_STOPPED, or UserError if it is an error that ends it or if
+        nothing could be written."""
         failure = self.wait()
         written = self.last_step == 0 or has_checkpoint(self.config.output_dir, self.last_step)
         if self.accelerator.is_main_process:
@@ -194,19 +174,25 @@ class Checkpointer:
                 request.file.unlink(missing_ok=True)  # it has been heard
         failure, written = broadcast_object_list([failure, written])
         if not written:
-            raise UserError(f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}")
-        if self.accelerator.is_main_process:
+            text = f"stopped after step {self.last_step}, but its checkpoint could not be written: {failure}"
+            raise UserError(f"{error}; {text}" if error else text)
+        if self.accelerator.is_main_process and not error:
             logger.info("stopped after step %d; resume with --resume_from_checkpoint latest", self.last_step)
         self.accelerator.wait_for_everyone()
         finish_trackers(self.accelerator)
+        if error:
+            raise UserError(f"{error}; step {self.last_step} is saved, resume with --resume_from_checkpoint latest")
         sys.exit(EXIT_STOPPED)
 
-    def finish(self, model: torch.nn.Module):
-        """Wait for what is being written, and take the best weights if that is asked for. If they are lost, the last
-        ones are better than none."""
+    def finish(self):
+        """Wait for what is being written, take the best weights if that is asked for, and let go of the model."""
         self.wait()
-        if not self.config.load_best_model_at_end:
-            return
+        if self.config.load_best_model_at_end:
+            self.load_best()
+        del self.model, self.optimizer, self.lr_scheduler  # a merge needs their memory
+
+    def load_best(self):
+        """If the best weights are lost, the last ones are better than none."""
         if self.accelerator.is_main_process:
             kept = find_best(self.best_folder.parent) if self.best_folder else (None, None)
             if kept[1] != self.best:
@@ -214,7 +200,7 @@ class Checkpointer:
             self.best_folder, self.best = kept
         self.best_folder, self.best = broadcast_object_list([self.best_folder, self.best])
         if self.best:
-            self.load_weights(model, self.best_folder)
+            self.load_weights(self.best_folder)
         if self.accelerator.is_main_process:
             logger.info("the model is that of step %d", self.best["step"] if self.best else self.last_step)
 

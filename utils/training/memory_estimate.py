@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from utils.config import TrainingConfig
 from utils.modeling.strategies import is_deepspeed, is_sharded, name_strategy
-from utils.training.loss import compute_target_logits, compute_training_loss
+from utils.training.step import compute_target_logits, compute_training_loss
 
 # What is held between two updates; of other strategies all but the gradients.
 AT_REST = {

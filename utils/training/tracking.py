@@ -5,17 +5,20 @@ import json
 import logging
 import re
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from utils.config import TrainingConfig
+from utils.data.prefetch import Step
 from utils.files import append_line, hash_value, write_json
 from utils.launch.output_dir import clear_output_dir, is_in
 from utils.launch.script import describe_software
-from utils.modeling.loading import count_parameters
+from utils.modeling.loading import count_flops_per_token, count_parameters
 from utils.modeling.strategies import name_strategy
 from utils.prompting import build_prompt
 from utils.scoring.report import plot_loss_curve
@@ -23,7 +26,79 @@ from utils.training.optimization import num_train_steps
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 20
-unwritten = []  # lines of metrics.jsonl that the disk has not taken yet
+
+
+class UnwrittenLineError(Exception):
+    """The disk took no line of metrics.jsonl; raised on every process."""
+
+
+@dataclass
+class Interval:
+    """The updates since the last train line of metrics.jsonl. A checkpoint holds it."""
+
+    loss_sum: torch.Tensor | float = 0.0  # this process's, on the device
+    num_computed_tokens: int = 0  # this process's, padding included
+    num_examples: int = 0  # of all processes, as the rest
+    num_source_tokens: int = 0
+    num_target_tokens: int = 0
+    seconds_waited: float = 0.0  # for data
+    seconds: float = 0.0
+    learning_rate: float = 0.0  # the last update's
+    grad_norm: float = 0.0  # the last update's, before clipping
+
+    def add(self, step: Step, loss_sum: torch.Tensor, learning_rate: float, grad_norm: float, seconds: float):
+        self.loss_sum = self.loss_sum + loss_sum
+        for batch in step.micro_batches:
+            self.num_computed_tokens += batch["input_ids"].numel() + batch["decoder_input_ids"].numel()
+        self.num_examples += step.num_examples
+        self.num_source_tokens += step.num_source_tokens
+        self.num_target_tokens += step.num_target_tokens
+        self.seconds_waited += step.seconds_waited
+        self.seconds += step.seconds_waited + seconds
+        self.learning_rate, self.grad_norm = learning_rate, grad_norm
+
+    def clear(self):
+        vars(self).update(vars(Interval()))
+
+    def gather_sums(self, accelerator: Accelerator) -> list[list[float]]:
+        """Each process's [loss_sum, num_computed_tokens]; every process must call it."""
+        own = torch.tensor([0.0, float(self.num_computed_tokens)], device=accelerator.device)
+        own[0] = self.loss_sum
+        return accelerator.gather(own[None]).tolist()
+
+    def summarize(self, accelerator: Accelerator, model: torch.nn.Module) -> dict[str, float]:
+        """The train line: its loss is the mean over target tokens; every process must call it."""
+        flops_per_source_token, flops_per_target_token = count_flops_per_token(model)
+        flops = flops_per_source_token * self.num_source_tokens + flops_per_target_token * self.num_target_tokens
+        loss_sums, nums_computed_tokens = zip(*self.gather_sums(accelerator), strict=True)
+        return {
+            "loss": sum(loss_sums) / self.num_target_tokens,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "num_examples": self.num_examples,
+            "num_target_tokens": self.num_target_tokens,
+            "samples_per_second": self.num_examples / self.seconds,
+            "target_tokens_per_second": self.num_target_tokens / self.seconds,
+            "model_flops_per_second": flops / self.seconds,
+            "padding_efficiency": (self.num_source_tokens + self.num_target_tokens) / sum(nums_computed_tokens),
+            "data_wait_share": self.seconds_waited / self.seconds,
+            "peak_memory_mib": measure_peak_memory(accelerator),
+        }
+
+    def save(self, accelerator: Accelerator) -> dict[str, Any]:
+        """As JSON: each process's own sums, so that a resumed run's total is rounded alike. Every process must call
+        it."""
+        return vars(self) | {"loss_sum": None, "num_computed_tokens": None, "sums": self.gather_sums(accelerator)}
+
+    @classmethod
+    def restore(cls, accelerator: Accelerator, saved: dict[str, Any]) -> "Interval":
+        """The main process takes the totals if the number of processes has changed."""
+        sums = saved["sums"]
+        if len(sums) != accelerator.num_processes:
+            sums = [[sum(column) for column in zip(*sums, strict=True)]] + [[0.0, 0]] * (accelerator.num_processes - 1)
+        loss_sum, num_computed_tokens = sums[accelerator.process_index]
+        values = {name: value for name, value in saved.items() if name != "sums"}
+        return cls(**values | {"loss_sum": loss_sum, "num_computed_tokens": int(num_computed_tokens)})
 
 
 def describe_run(
@@ -47,7 +122,6 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
     if checkpoint is None or not is_in(checkpoint, config.output_dir):
         clear_output_dir(accelerator, config)
     settings = dataclasses.asdict(config)
-    unwritten.clear()
     if accelerator.is_main_process:
         manifest = {
             **run,
@@ -70,12 +144,18 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
-    """Append one line to metrics.jsonl, after those that the disk did not take before, and tell the tracker."""
+    """Append one line to metrics.jsonl, and tell the tracker. UnwrittenLineError if the disk is full."""
+    error = None
     if accelerator.is_main_process:
-        unwritten.append(json.dumps({"step": step, "split": split, **metrics}))
-        if append_line(Path(config.output_dir) / "metrics.jsonl", "\n".join(unwritten)):
-            unwritten.clear()
+        path = Path(config.output_dir) / "metrics.jsonl"
+        try:
+            append_line(path, json.dumps({"step": step, "split": split, **metrics}))
+        except OSError as disk_error:
+            error = f"{path}: {disk_error.strerror}"
         logger.info("step %d %s loss %.4f", step, split, metrics["loss"])
+    error = broadcast_object_list([error])[0]
+    if error:
+        raise UnwrittenLineError(error)
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
 

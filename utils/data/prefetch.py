@@ -1,0 +1,80 @@
+"""The plan's micro-batches on the device, collated ahead of time by a thread."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from utils.config import TrainingConfig
+from utils.data.batching import collate, gradient_accumulation_steps, plan_steps, select_examples
+
+NUM_BATCHES_AHEAD = 32
+
+
+@dataclass
+class Step:
+    """The data of one optimizer update. Counts are over all processes, micro_batches are this process's."""
+
+    number: int  # from 1
+    batch_size: int  # examples of full length that a micro-batch may hold
+    micro_batches: list[dict[str, torch.Tensor]]
+    num_examples: int
+    num_source_tokens: int
+    num_target_tokens: int
+    seconds_waited: float
+
+
+def load_steps(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: datasets.Dataset,
+    lengths: np.ndarray,
+    config: TrainingConfig,
+    batch_size: int,
+    numbers: Iterable[int],
+) -> Iterator[Step]:
+    """The steps of these numbers, cut into micro-batches of `batch_size` examples of full length."""
+    total, rank, world = config.total_train_batch_size, accelerator.process_index, accelerator.num_processes
+    plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, (number - 1 for number in numbers))
+    batches = load_batches(accelerator, model, data, plan)
+    num_turns = gradient_accumulation_steps(len(lengths), total, batch_size, world)
+    for number in numbers:
+        started = time.perf_counter()
+        examples = select_examples(len(lengths), total, config.seed, number - 1)
+        num_source_tokens, num_target_tokens = (int(tokens) for tokens in lengths[examples].sum(axis=0))
+        micro_batches = list(itertools.islice(batches, num_turns))
+        waited = time.perf_counter() - started
+        yield Step(number, batch_size, micro_batches, len(examples), num_source_tokens, num_target_tokens, waited)
+
+
+def load_batches(
+    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, plan: Iterator[np.ndarray]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The plan's micro-batches on the device. A thread plans and collates some ahead, so that the device need not
+    wait for them."""
+    model = accelerator.unwrap_model(model)
+
+    def make_batch() -> tuple[np.ndarray, dict[str, torch.Tensor]] | None:
+        indices = next(plan, None)
+        if indices is None:
+            return None
+        batch = collate(data[indices], model.config.pad_token_id)
+        if accelerator.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return indices, batch
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = deque(thread.submit(make_batch) for _ in range(NUM_BATCHES_AHEAD))
+        while (made := ahead.popleft().result()) is not None:
+            ahead.append(thread.submit(make_batch))
+            indices, batch = made
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+            yield batch | {"indices": indices}

@@ -1,0 +1,168 @@
+"""One optimizer update, from top to bottom: forward and backward passes, clipping, AdamW, the schedule.
+
+The gradient is that of one large batch, whatever the number of processes and micro-batches: each micro-batch adds the
+sum over its target tokens, divided by the target tokens of the whole step.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.nn.functional import cross_entropy
+
+from utils.config import TrainingConfig, UserError
+from utils.data.prefetch import Step
+from utils.modeling.passes import accumulate, backward, update
+
+logger = logging.getLogger(__name__)
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    data: datasets.Dataset,
+    step: Step,
+    config: TrainingConfig,
+    load_again: Callable[[int], Iterator[Step]],
+) -> tuple[torch.Tensor, float, float]:
+    """Update the weights once.
+
+    Args:
+        load_again: gives the same step in micro-batches of so many examples, should one not fit into memory.
+
+    Returns:
+        The sum of this process's losses, still on the device; the learning rate; the gradient's norm before clipping.
+
+    Raises:
+        FloatingPointError: before the update, on every process, if the gradient is not finite.
+    """
+    # Dropout depends on seed, step and rank alone, so there is no generator's state to save.
+    seed = np.random.SeedSequence([config.seed, step.number, accelerator.process_index])
+    torch.manual_seed(int(seed.generate_state(1)[0]))
+    if config.per_device_train_batch_size == "auto":
+        loss_sums = compute_gradient_in_memory(accelerator, model, step, load_again)
+    else:
+        loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens)
+    learning_rate = lr_scheduler.get_last_lr()[0]
+    grad_norm = update(accelerator, model, optimizer, config.max_grad_norm)
+    if not math.isfinite(grad_norm):
+        ids = find_bad_examples(data, [batch["indices"] for batch in step.micro_batches], loss_sums)
+        what = f"the loss is not finite in micro-batches of {', '.join(ids)}" if ids else "the gradient overflows"
+        raise FloatingPointError(f"step {step.number}: {what}")
+    lr_scheduler.step()
+    return sum(loss_sums), learning_rate, grad_norm
+
+
+def compute_gradient(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: list[dict],
+    num_target_tokens: int,
+    recover: bool = False,
+) -> list[torch.Tensor]:
+    """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
+    process has equally many; whole gradients are synchronised once, with the last.
+
+    With `recover`, a micro-batch that does not fit raises torch.OutOfMemoryError on every process: they agree on it
+    before they synchronise, which then does not overlap with the last backward pass.
+
+    Returns:
+        The micro-batches' sums of losses, still on the device.
+    """
+    synchronise_after = recover and accelerator.num_processes > 1
+    loss_sums, error = [], None
+    try:
+        for turn, batch in enumerate(micro_batches, start=1):
+            last = turn == len(micro_batches)
+            with accumulate(accelerator, model, last and not synchronise_after):
+                # The logits get no name: they would live on while the backward pass needs the memory.
+                loss_sum = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+                # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
+                backward(accelerator, model, loss_sum * (accelerator.num_processes / num_target_tokens))
+            loss_sums.append(loss_sum.detach())
+    except torch.OutOfMemoryError as out_of_memory:
+        if not synchronise_after:
+            raise
+        error = out_of_memory.with_traceback(None)  # which would hold on to the memory
+    if synchronise_after:
+        if accelerator.gather(torch.tensor([error is not None], device=accelerator.device)).any():
+            raise error or torch.OutOfMemoryError("on another process")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    return loss_sums
+
+
+def compute_training_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies, in nats, over a micro-batch's target tokens. A mean would weigh the tokens of a
+    micro-batch with few of them more than others.
+
+    This is what is trained on. Validation has a loss of its own, so that a change here, such as label smoothing, does
+    not change what the best model is chosen by.
+
+    Args:
+        logits: (target tokens, vocabulary), fp32.
+        targets: (target tokens,).
+    """
+    return cross_entropy(logits, targets, reduction="sum")
+
+
+def compute_target_logits(
+    accelerator: Accelerator, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """(target tokens, vocabulary), fp32: the logits of the micro-batch's target tokens, without those of padding."""
+    positions = batch["target_positions"]
+
+    def select_targets(head: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (arguments[0].flatten(0, 1).index_select(0, positions),)
+
+    # The vocabulary is 40 times as wide as the model: padding must not reach it. A hook, so that the head stays inside
+    # the model's forward, where DDP and autocast expect it.
+    unwrapped = accelerator.unwrap_model(model)
+    hook = unwrapped.get_output_embeddings().register_forward_pre_hook(select_targets)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    if unwrapped.config._attn_implementation == "sdpa":
+        # Of shape (examples, 1, 1, source) transformers takes it as it is. Of a 2-D mask it asks the device, twice a
+        # forward pass, whether anything is padded.
+        inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
+    try:
+        with accelerator.autocast():  # which Accelerate puts around the forward of all models but FSDP2's
+            return model(**inputs, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+
+
+def find_bad_examples(
+    data: datasets.Dataset, micro_batches: list[np.ndarray], loss_sums: list[torch.Tensor]
+) -> list[str]:
+    """Ids of all examples, on all processes, in micro-batches whose loss is not finite."""
+    bad = [indices for indices, loss in zip(micro_batches, loss_sums, strict=True) if not torch.isfinite(loss)]
+    return gather_object([data[int(index)]["id"] for indices in bad for index in indices])
+
+
+def compute_gradient_in_memory(
+    accelerator: Accelerator, model: torch.nn.Module, step: Step, load_again: Callable[[int], Iterator[Step]]
+) -> list[torch.Tensor]:
+    """As compute_gradient. If a micro-batch does not fit, the gradient so far is thrown away and computed again from
+    smaller micro-batches, which replace the step's, on all processes alike."""
+    while True:
+        try:
+            return compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens, recover=True)
+        except torch.OutOfMemoryError as error:
+            if step.batch_size == 1:
+                raise UserError(f"one example does not fit into memory: {error}") from error
+        # Here and not above, where the exception still holds what filled the memory.
+        model.zero_grad()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = step.batch_size // 2
+        if accelerator.is_main_process:
+            logger.warning("out of memory at batch size %d: the step is taken again at %d", step.batch_size, smaller)
+        step.batch_size, step.micro_batches = smaller, next(load_again(smaller)).micro_batches
