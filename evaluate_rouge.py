@@ -9,10 +9,15 @@ python evaluate_rouge.py --report_only                                # the repo
 python evaluate_rouge.py --help                                       # every setting
 """
 
+from utils.config import EvaluationConfig
+from utils.launch.command_line import show_help
+
+if __name__ == "__main__":
+    show_help(EvaluationConfig, "evaluate_rouge.yaml", __doc__)  # before the imports below, which take seconds
+
 from pathlib import Path
 
 from demo.facts import guess_summaries, read_facts, score_facts
-from utils.config import EvaluationConfig
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
 from utils.generation.partial_texts import remove_batches

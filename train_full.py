@@ -7,9 +7,14 @@ accelerate launch train_full.py --train_file my.csv --validation_file dev.csv --
 python train_full.py --help                                       # every setting
 """
 
+from utils.config import TrainingConfig
+from utils.launch.command_line import show_help
+
+if __name__ == "__main__":
+    show_help(TrainingConfig, "train_full.yaml", __doc__)  # before the imports below, which take seconds
+
 import torch
 
-from utils.config import TrainingConfig
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir

@@ -1,5 +1,7 @@
 """What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them."""
 
+import atexit
+import functools
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 # The libraries read these when they are imported: the tests leave the user's caches and the network alone.
@@ -113,12 +116,32 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     return float((difference / sum(tensor.square().sum() for tensor in b.values())).sqrt())
 
 
-def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, **environment: str):
-    """Run a script and its arguments in a process of its own, or in several on gloo; returns the finished process."""
-    launcher = [sys.executable]
+def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, cold: bool = False, **environment: str):
+    """Run a script and its arguments in a process of its own, or in several on gloo; returns the finished process.
+
+    Args:
+        cold: import the libraries anew instead of forking from a process that has (see warm.py).
+    """
+    words = words if cold else ("tests/warm.py", *words)
     if num_processes > 1:  # `accelerate launch --cpu --num_processes 2` runs one
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return run_command(*launcher, *words, timeout=timeout, **({"ACCELERATE_USE_CPU": "true"} | environment))
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}")
+        words = (*torchrun, *words) if cold else ("tests/warm.py", *torchrun, *words)
+    environment = {"ACCELERATE_USE_CPU": "true"} | ({} if cold else {"WARM_SOCKET": warm_socket()}) | environment
+    return run_command(sys.executable, *words, timeout=timeout, **environment)
+
+
+@functools.cache
+def warm_socket() -> str:
+    """Of a server that lives as long as this process."""
+    path = Path(tempfile.mkdtemp()) / "socket"
+    server = subprocess.Popen(
+        [sys.executable, "tests/warm.py", "serve", path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    atexit.register(shutil.rmtree, path.parent)
+    atexit.register(server.kill)
+    assert "ready\n" in iter(server.stdout.readline, "")
+    return str(path)
 
 
 def run_command(*words: str | Path, timeout: int = 300, **environment: str):
@@ -128,27 +151,41 @@ def run_command(*words: str | Path, timeout: int = 300, **environment: str):
     )
 
 
-def launch(strategy: str, *script: str | Path, lowered: bool = True, timeout: int = 300):
+def launch(strategy: str, *script: str | Path, lowered: bool = True, timeout: int = 300, cold: bool = False):
     """Start a script under a strategy, as users do: on two CPU processes, but for "one process".
 
     Args:
         lowered: with the libraries' thresholds so low that a tiny model meets them.
+        cold: see run_script.
     """
     if strategy == "one process":
-        return run_script(*script, timeout=timeout)
+        return run_script(*script, timeout=timeout, cold=cold)
     if lowered:
         script = ("tests/lowered_thresholds.py", *script)
     if strategy == "ddp":
-        return run_script(*script, num_processes=2, timeout=timeout)
+        return run_script(*script, num_processes=2, timeout=timeout, cold=cold)
     if strategy == "fsdp2":
         fsdp = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
-        settings = {name.upper(): str(value) for name, value in fsdp.items()}
-        return run_script(
-            "tests/fsdp_on_cpu.py", *script, num_processes=2, timeout=timeout, ACCELERATE_USE_FSDP="true", **settings
-        )  # accelerate launch would start it for a GPU
-    config = f"accelerate_configs/{strategy}.yaml"
-    command = ("accelerate", "launch", "--config_file", config, "--num_processes", 2, "--main_process_port", 0)
-    return run_command(*command, *script, timeout=timeout, DS_ACCELERATOR="cpu")
+        settings = {name.upper(): str(value) for name, value in fsdp.items()} | {"ACCELERATE_USE_FSDP": "true"}
+        script = ("tests/fsdp_on_cpu.py", *script)  # accelerate launch would start it for a GPU
+        return run_script(*script, num_processes=2, timeout=timeout, cold=cold, **settings)
+    words = ("--config_file", f"accelerate_configs/{strategy}.yaml", "--num_processes", 2, "--main_process_port", 0)
+    return accelerate_launch(*words, script=script, timeout=timeout, cold=cold, DS_ACCELERATOR="cpu")
+
+
+def accelerate_launch(
+    *words: str | Path, script: Sequence[str | Path], timeout: int = 300, cold: bool = False, **environment: str
+):
+    """`accelerate launch WORDS SCRIPT`.
+
+    Args:
+        cold: see run_script. If not, the script does not find the launcher's words, as it is not its child.
+    """
+    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", *words)
+    if not cold:
+        environment |= {"WARM_SOCKET": warm_socket()}
+        launcher, script = ("tests/warm.py", *launcher), ("tests/warm.py", *script)
+    return run_command(sys.executable, *launcher, *script, timeout=timeout, **environment)
 
 
 def keep_checkpoint(finished: Path, output_dir: Path, step: int = 2) -> Path:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -205,8 +204,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(unsure_model, tmp_path):
         ]  # fmt: skip
 
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    run = partial(subprocess.run, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    whole = run(command(tmp_path / "whole"))
+    whole = run_script(*command(tmp_path / "whole")[1:])
     assert whole.returncode == 0, whole.stderr
     assert "from an earlier run" not in whole.stderr
     killed = tmp_path / "killed"
@@ -231,7 +229,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(unsure_model, tmp_path):
     assert (killed / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
     assert not list(killed.glob("*.partial*"))
     # A report that is there is not replaced unasked.
-    refused = run(command(killed))
+    refused = run_script(*command(killed)[1:])
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
 
 

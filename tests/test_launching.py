@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, read_jsonl, run_command, run_script
+from conftest import REPOSITORY, accelerate_launch, read_jsonl, run_command, run_script
 
 import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
@@ -34,12 +34,12 @@ def write_config(path: Path, settings: dict) -> Path:
 def launch(flan_t5, data_files, tmp_path):
     """Train one update, launched with these words."""
 
-    def run(*words: str | Path, **environment: str):
+    def run(*words: str | Path, cold: bool = False, **environment: str):
         script = (
             "train_lora.py", "--model_name_or_path", flan_t5, "--train_file", data_files["train"],
             "--total_train_batch_size", "4", "--max_train_steps", "1", "--output_dir", tmp_path / "out",
         )  # fmt: skip
-        return run_command("accelerate", "launch", "--main_process_port", "0", *words, *script, **environment)
+        return accelerate_launch("--main_process_port", "0", *words, script=script, cold=cold, **environment)
 
     return run
 
@@ -83,7 +83,7 @@ def test_fewer_processes_than_asked_for(launch, tmp_path, by_file):
     words = ["--cpu", "--num_processes", "2"]
     if by_file:
         words = ["--config_file", write_config(tmp_path / "a.yaml", MULTI_CPU)]
-    assert read_refusal(launch(*words), tmp_path / "out") == (
+    assert read_refusal(launch(*words, cold=True), tmp_path / "out") == (
         "num_processes is 2 and accelerate launch has started 1; take --num_processes 1, or start 2 with: "
         "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train_lora.py"
     )

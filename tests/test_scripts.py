@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, make_rows, read_jsonl, run_script
+from conftest import REPOSITORY, make_rows, read_jsonl, run_command, run_script
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import train_lora
-import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
 from utils.launch.output_dir import RUN_FILES, RUN_FOLDERS
 from utils.prompting import build_prompt
@@ -60,18 +59,26 @@ def test_a_script_is_short_enough_to_read(script):
 @pytest.mark.parametrize("script", CONFIGS)
 def test_help_names_every_setting(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
-    monkeypatch.setattr(
-        utils.launch.script, "leave_process_group", lambda: None
-    )  # this process keeps running, and obeys signals
-    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     printed, log = capsys.readouterr()
-    assert log == ""
+    assert (stop.value.code or 0, log) == (0, "")
+    assert ast.get_docstring(ast.parse((REPOSITORY / script).read_text(encoding="utf-8"))) in printed
+    for setting in (REPOSITORY / "demo" / script).with_suffix(".yaml").read_text(encoding="utf-8").splitlines()[1:]:
+        assert setting in printed
     names = {item.name for item in dataclasses.fields(CONFIGS[script])}
     taken = set(re.findall(r"^  (?:-h, )?--([a-z0-9_-]+)", printed, flags=re.MULTILINE))
     assert taken == names | {"config", "help"}
     for item in dataclasses.fields(CONFIGS[script]):
         first_words = " ".join(item.metadata["help"].split()[:2])
         assert first_words in " ".join(printed.split()), item.name
+
+
+def test_help_does_not_wait_for_the_libraries():
+    code = "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += "sys.argv = ['train_lora.py', '--help']; runpy.run_path('train_lora.py', run_name='__main__')"
+    run = run_command(sys.executable, "-c", code)
+    assert (run.returncode, run.stdout.split()[-1]) == (0, "False"), run.stderr
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,8 @@ ENDLESS = ("--max_train_steps", "100000")
 
 def find_free_ports(num_ports: int) -> int:
     """The first of `num_ports` neighbouring ports that are free now."""
-    for port in range(21000, 30000, 10):
+    first = 21000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # each worker its own
+    for port in range(first, first + 1000, 10):
         try:
             for offset in range(num_ports):
                 with socket.socket() as probe:

@@ -242,7 +242,7 @@ def test_zero3_loads_in_parts(tmp_path, monkeypatch):
     took = {}
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back at once, not kept for later
     for strategy in ("ddp", "deepspeed_zero3"):
-        run = launch(strategy, "tests/load_worker.py", model)
+        run = launch(strategy, "tests/load_worker.py", model, cold=True)
         assert run.returncode == 0, run.stderr
         reports = [json.loads(line.partition("REPORT ")[2]) for line in run.stdout.splitlines() if "REPORT " in line]
         assert sorted(report["rank"] for report in reports) == [0, 1]

@@ -330,7 +330,13 @@ def test_tokens_are_made_once(flan_t5, data_files, tmp_path):
     for name, num_processes in (("1", 1), ("2", 2)):
         home = str(tmp_path / "home")
         run = run_script(
-            "train_lora.py", *words, "--output_dir", tmp_path / name, num_processes=num_processes, HF_HOME=home
+            "train_lora.py",
+            *words,
+            "--output_dir",
+            tmp_path / name,
+            num_processes=num_processes,
+            cold=True,
+            HF_HOME=home,
         )
         assert run.returncode == 0, run.stderr
     assert len(list((tmp_path / "home" / "datasets" / "dialogue_tokens").iterdir())) == 2

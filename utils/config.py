@@ -1,4 +1,4 @@
-"""Settings: one flat dataclass per script. command_line.py reads them."""
+"""Settings: one flat dataclass per script, of a part for each heading in --help. command_line.py reads them."""
 
 import difflib
 import math
@@ -30,6 +30,8 @@ def size_or_auto(text: str) -> int | str:
 
 @dataclass(frozen=True)
 class DataConfig:
+    _argument_group_name = "data"  # the heading of these settings in --help
+
     dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
     train_file: str | None = setting(None, "csv, jsonl, json or parquet file to train on, instead of the hub's")
     validation_file: str | None = setting(None, "file for the validation loss")
@@ -37,34 +39,48 @@ class DataConfig:
     dialogue_column: str = setting("dialogue", "column that holds the dialogue")
     summary_column: str = setting("summary", "column that holds the summary")
     max_source_length: int = setting(1024, "longest prompt, in tokens; the dialogue's end is cut")
-    per_device_eval_batch_size: int = setting(
-        32, "examples of full length in one forward pass of validation or generation; of shorter ones more"
-    )
-    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
-    seed: int = setting(42, "seed of everything that is random")
-    overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
-    demo: bool = setting(False, "take the tiny model and data of demo/: no network, minutes on two CPU cores")
+    max_eval_samples: int | None = setting(None, "validate on, or score, the first N rows only")
 
     def __post_init__(self):
-        for name in ("max_source_length", "per_device_eval_batch_size"):
+        for name in ("max_source_length", "max_eval_samples"):
             require_positive(self, name)
-        if not 0 <= self.seed < 2**63:  # what torch takes
-            raise UserError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
         if self.dialogue_column == self.summary_column:
             raise UserError(f"--dialogue_column and --summary_column are both {self.summary_column!r}")
 
 
 @dataclass(frozen=True)
-class TrainingConfig(DataConfig):
+class RunConfig:
+    _argument_group_name = "run"
+
+    output_dir: str = setting("./output", "folder for all that the run leaves")
+    overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
+    seed: int = setting(42, "seed of everything that is random")
+    per_device_eval_batch_size: int = setting(
+        32, "examples of full length in one forward pass of validation or generation; of shorter ones more"
+    )
+    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
+    demo: bool = setting(False, "take the tiny model and data of demo/: no network, minutes on two CPU cores")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "per_device_eval_batch_size")
+        if not 0 <= self.seed < 2**63:  # what torch takes
+            raise UserError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    _argument_group_name = "model and optimization"
+
     model_name_or_path: str = setting("google/flan-t5-base", "encoder-decoder model: hub name or folder")
-    output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
+    max_train_samples: int | None = setting(None, "train on the first N rows only")
+    num_train_epochs: int = setting(1, "passes over the training set")
+    max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
     per_device_train_batch_size: size_or_auto = setting(
         16, "examples of full length in one forward pass, of shorter ones more; auto, on a GPU: as many as fit"
     )
-    num_train_epochs: int = setting(1, "passes over the training set")
-    max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
     learning_rate: float = setting(1e-3, "highest learning rate of AdamW")
     weight_decay: float = setting(0.01, "AdamW's weight decay, on matrices only")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = setting(
@@ -72,6 +88,32 @@ class TrainingConfig(DataConfig):
     )
     warmup_ratio: float = setting(0.0, "share of the updates over which the learning rate rises from 0")
     max_grad_norm: float = setting(1.0, "largest L2 norm of the gradient")
+    mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
+    gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_device_train_batch_size != "auto":
+            require_positive(self, "per_device_train_batch_size")
+        for name in ("max_target_length", "total_train_batch_size", "num_train_epochs", "max_train_steps",
+                     "learning_rate", "max_grad_norm", "max_train_samples"):  # fmt: skip
+            require_positive(self, name)
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio} needs --lr_scheduler_type constant_with_warmup")
+        if self.lr_scheduler_type == "inverse_sqrt" and not self.warmup_ratio:  # it falls from the warm-up's end
+            raise UserError("--lr_scheduler_type inverse_sqrt needs a --warmup_ratio above 0, got 0.0")
+        if self.mixed_precision == "fp16":
+            raise UserError(f"--mixed_precision fp16: {FP16_REFUSAL}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    _argument_group_name = "records and checkpoints"
+
     logging_steps: int = setting(10, "optimizer updates between two train lines in metrics.jsonl")
     eval_steps: int = setting(10, "optimizer updates between two validation losses")
     checkpointing_steps: int = setting(10, "optimizer updates between two checkpoints")
@@ -84,36 +126,17 @@ class TrainingConfig(DataConfig):
     )
     load_best_model_at_end: bool = setting(False, "export the best model instead of the last")
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
-    mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
-    gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
     preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
-    max_train_samples: int | None = setting(None, "train on the first N rows only")
-    max_eval_samples: int | None = setting(None, "validate on the first N rows only")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.per_device_train_batch_size != "auto":
-            require_positive(self, "per_device_train_batch_size")
-        for name in ("max_target_length", "total_train_batch_size", "num_train_epochs", "max_train_steps",
-                     "learning_rate", "max_grad_norm", "logging_steps", "eval_steps",
-                     "checkpointing_steps", "checkpoints_total_limit",
-                     "max_train_samples", "max_eval_samples"):  # fmt: skip
+        for name in ("logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit"):
             require_positive(self, name)
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        if self.lr_scheduler_type == "constant" and self.warmup_ratio:
-            raise UserError(f"--warmup_ratio {self.warmup_ratio} needs --lr_scheduler_type constant_with_warmup")
-        if self.lr_scheduler_type == "inverse_sqrt" and not self.warmup_ratio:  # it falls from the warm-up's end
-            raise UserError("--lr_scheduler_type inverse_sqrt needs a --warmup_ratio above 0, got 0.0")
         if self.max_time is not None and parse_duration(self.max_time) == 0:
             raise UserError("--max_time must be longer than no time")
         if self.resume_from_checkpoint == "":
             raise UserError("--resume_from_checkpoint is empty: latest, or a folder")
-        if self.mixed_precision == "fp16":
-            raise UserError(f"--mixed_precision fp16: {FP16_REFUSAL}")
 
     @property
     def needs_validation(self) -> bool:
@@ -121,8 +144,14 @@ class TrainingConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class LoraTrainingConfig(TrainingConfig):
-    output_dir: str = setting("./flan-t5-base-dialogsum-lora", "folder for the adapter and the run's records")
+class TrainingConfig(CheckpointConfig, OptimizationConfig, RunConfig, DataConfig):
+    output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    _argument_group_name = "LoRA"
+
     lora_r: int = setting(32, "rank of the adapter's matrices")
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = setting(0.1, "dropout on the adapter's input")
@@ -143,14 +172,24 @@ class LoraTrainingConfig(TrainingConfig):
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
         if self.loraplus_lr_ratio is not None and not 1 <= self.loraplus_lr_ratio < math.inf:
             raise UserError(f"--loraplus_lr_ratio must be at least 1, got {self.loraplus_lr_ratio}")
-        if self.load_in_4bit and self.mixed_precision != "bf16":
-            raise UserError("--load_in_4bit computes in bf16: leave --mixed_precision at bf16")
         if self.merge_into == "":
             raise UserError("--merge_into is empty: a folder for the merged model")
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(DataConfig):
+class LoraTrainingConfig(AdapterConfig, TrainingConfig):
+    output_dir: str = setting("./flan-t5-base-dialogsum-lora", "folder for the adapter and the run's records")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.load_in_4bit and self.mixed_precision != "bf16":
+            raise UserError("--load_in_4bit computes in bf16: leave --mixed_precision at bf16")
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    _argument_group_name = "models, generation and scoring"
+
     models: list[str] = setting(
         [
             "original=google/flan-t5-base",
@@ -164,8 +203,6 @@ class EvaluationConfig(DataConfig):
         metadata={"help": "FILE or NAME=FILE, also several: score the texts in these instead", "action": "extend"},
     )
     split: Literal["train", "validation", "test"] = setting("test", "split to summarise and score")
-    output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
-    max_eval_samples: int | None = setting(None, "score the first N rows only")
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
@@ -176,7 +213,7 @@ class EvaluationConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_eval_samples", "max_new_tokens", "num_beams"):
+        for name in ("max_new_tokens", "num_beams"):
             require_positive(self, name)
         if self.example_index < 0:
             raise UserError(f"--example_index must not be negative, got {self.example_index}")
@@ -197,7 +234,12 @@ class EvaluationConfig(DataConfig):
             check_model_name(name, "models", self.demo)
 
 
-def require_positive(config: DataConfig, name: str):
+@dataclass(frozen=True)
+class EvaluationConfig(ScoringConfig, RunConfig, DataConfig):
+    output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
+
+
+def require_positive(config: Any, name: str):
     value = getattr(config, name)
     if value is not None and not 0 < value < math.inf:  # `not <` also refuses nan
         raise UserError(f"--{name} must be positive, got {value}")

@@ -1,4 +1,4 @@
-"""Files that are written atomically, the hashes of values and files, and a disk that takes no more."""
+"""Files that are written atomically, the hashes of values, files and weights, and full disks."""
 
 import contextlib
 import errno
@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
@@ -70,6 +71,16 @@ def flush_to_disk(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The SHA-256 of every bit of these tensors, their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = tensor.detach().as_subclass(torch.Tensor)  # bitsandbytes' tensors move in a way of their own
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def hash_value(value: Any) -> str:

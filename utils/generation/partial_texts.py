@@ -5,18 +5,16 @@ Each process appends a line for each finished batch to a file of its own. A line
 from, so that they are taken up only where the same would come out.
 """
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from utils.files import append_line
+from utils.files import append_line, hash_value, hash_weights
 
 logger = logging.getLogger(__name__)
 PATTERN = "predictions.partial-*.jsonl"
@@ -58,13 +56,9 @@ def remove_batches(folder: Path):
 
 
 def hash_model(model: PreTrainedModel) -> str:
-    """A SHA-256 of the model's settings, but for where it came from, and of every bit of its weights."""
+    """Of the model's settings, but for where it came from, and of its weights."""
     settings = model.config.to_dict() | {"generation": model.generation_config.to_dict()}
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
         settings["generation"].pop(name, None)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_value([json.dumps(settings, sort_keys=True, default=str), hash_weights(model.state_dict().items())])

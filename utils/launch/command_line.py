@@ -5,6 +5,9 @@ A value on the command line wins over `--config FILE.yaml`, which wins over `--d
 
 import os
 import re
+import sys
+import textwrap
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,35 @@ from transformers import HfArgumentParser
 from utils.config import REPOSITORY, UserError, nearest
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults beside the settings, and the description as it is written."""
+
+
+def show_help(config_class: type, demo_file: str, description: str):
+    """Answer --help, and end. Called by a script before the imports that take seconds."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        demo = (REPOSITORY / "demo" / demo_file).read_text(encoding="utf-8").partition("\n")[2]
+        epilog = f"--demo takes these settings, from demo/{demo_file}:\n\n{textwrap.indent(demo, '  ')}"
+        build_parser(
+            config_class, description=description, epilog=epilog, usage="%(prog)s [--SETTING VALUE ...]"
+        ).print_help()
+        sys.exit()
+
+
+def build_parser(config_class: type, **texts: str) -> HfArgumentParser:
+    """With a group for each part of the config that has a heading."""
+    parts = [part for part in reversed(config_class.__mro__) if "_argument_group_name" in vars(part)]
+    parser = HfArgumentParser(parts, formatter_class=HelpFormatter, allow_abbrev=False, **texts)
+    parser.set_defaults(**vars(config_class()))
+    parser.add_argument("--config", help="YAML file of settings; the command line wins over it", metavar="FILE.yaml")
+    parser.error = _raise_user_error
+    return parser
+
+
 def parse_config(config_class: type, demo_file: str, argv: list[str]) -> Any:
     """The config that `argv` asks for; UserError for an unknown or unreadable setting, with the nearest name."""
     names = [item.name for item in fields(config_class)]
-    parser = HfArgumentParser(config_class, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of settings; the command line wins over it", metavar="FILE.yaml")
-    parser.error = _raise_user_error
+    parser = build_parser(config_class)
     yaml_names = {item.name: item.type == list[str] for item in fields(config_class) if item.name != "demo"}
     given, _ = parser.parse_known_args(argv)
     demo = REPOSITORY / "demo"  # what its settings name lies there, wherever the script is started from

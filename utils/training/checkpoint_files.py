@@ -11,7 +11,6 @@ Weights are safetensors and the rest is JSON: nothing that is loaded can run cod
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.config import TrainingConfig, UserError
-from utils.files import describe_file, flush_to_disk, hash_value, raise_disk_errors
+from utils.files import describe_file, flush_to_disk, hash_value, hash_weights, raise_disk_errors
 from utils.launch.output_dir import UNFINISHED, find_checkpoints
 from utils.modeling.sharding import gather_tensor
 
@@ -160,15 +159,6 @@ def identity_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def fingerprint_model(model: torch.nn.Module) -> str:
-    """Of the weights that training starts from, without a LoRA adapter's: names, shapes and sums of their bits."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            parameter = gather_tensor(parameter)
-            bits = parameter.contiguous().view(
-                {1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.element_size()]
-            )
-            # In pieces, of which the sum makes a copy in 64 bits.
-            total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.flatten().split(2**20))
-            digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
-    return digest.hexdigest()[:16]
+    """Of the weights that training starts from, without a LoRA adapter's; every process must call it."""
+    weights = ((name, gather_tensor(p)) for name, p in model.named_parameters() if ".lora_" not in name)
+    return hash_weights(weights)[:16]

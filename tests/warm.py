@@ -1,0 +1,102 @@
+"""Run a script in a fork of a process that has imported the libraries already. Importing them takes several times as
+long as the work of most tests.
+
+    python tests/warm.py serve SOCKET                      import them, and fork for each of the following
+    WARM_SOCKET=SOCKET python tests/warm.py train_full.py ...
+    WARM_SOCKET=SOCKET python tests/warm.py -m torch.distributed.run ... tests/warm.py train_full.py ...
+
+The fork has the arguments, environment, folder and files of the process that asked for it, gets its signals, and gives
+it its exit code. Not for tests of what is read at an import, of memory, or of the processes above a script.
+"""
+
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def ask():
+    """Have the command line run by the server's fork; returns as it returns."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ["WARM_SOCKET"])
+    job = json.dumps({"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    socket.send_fds(connection, [len(job).to_bytes(8, "big")], [0, 1, 2])
+    connection.sendall(job)
+    for number in FORWARDED:
+        signal.signal(number, lambda number, frame: connection.send(bytes([number])))
+    code = int(connection.recv(16) or 1)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+def serve(path: str) -> dict:
+    """Fork for each that asks; returns, in the forks alone, what they are to run."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    gc.collect()
+    gc.freeze()  # so that the forks' garbage collections leave the pages that they share alone
+    print("ready", flush=True)  # noqa: T201
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            break
+        connection.close()
+    listener.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, files, _, _ = socket.recv_fds(connection, 8, 3)
+    job = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    fork = os.fork()
+    if fork:
+        watch(connection, fork)
+    connection.close()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    return job
+
+
+def watch(connection: socket.socket, fork: int):
+    """Pass on signals to the fork and its exit code to who asked; if that is killed, so is the fork."""
+    ended = os.pidfd_open(fork)
+    while ended not in select.select([connection, ended], [], [])[0]:
+        number = connection.recv(1)
+        os.kill(fork, number[0] if number else signal.SIGKILL)
+        if not number:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+    connection.send(str(code).encode())
+    os._exit(0)
+
+
+def run(argv: list[str], environment: dict[str, str], folder: str):
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    module = argv[0] == "-m"
+    sys.argv = argv[1:] if module else argv
+    sys.path[0] = folder if module else os.path.dirname(os.path.abspath(argv[0]))
+    if module:
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "serve":
+        ask()
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+    import train_lora  # noqa: F401
+
+    del sys.path[0]
+    run(**serve(sys.argv[2]))
