@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import DIALOGSUM, make_rows
-from test_models import write_bart
+from helpers import write_bart
 from transformers import AutoTokenizer
 
 from utils.config import EvaluationConfig, TrainingConfig

@@ -11,10 +11,9 @@ import pytest
 import torch
 from accelerate import DistributedType
 from conftest import launch, relative_difference, run_script, write_flan_t5
+from helpers import FULL_FILES, RECORDS, compute_logits, train_in_process
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_scripts import FULL_FILES, RECORDS, compute_logits
-from test_training import train_in_process
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import train_lora

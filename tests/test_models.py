@@ -6,17 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, make_rows, read_jsonl, run_script
+from conftest import read_jsonl, run_script
 from gradient_worker import main as save_gradient
+from helpers import check_gradient, train_in_process, write_bart, write_t5
 from safetensors.torch import load_file
-from test_training import check_gradient, train_in_process
-from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
-    BartTokenizer,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
@@ -32,42 +28,6 @@ from utils.prompting import build_prompt
 
 TARGETS = {"t5": ["q", "v"], "t5-v1_1": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"]}
 KINDS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
-
-
-def write_t5(folder: Path, model_class, config_class, tied: bool, activation: str):
-    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
-    config = config_class(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, dropout_rate=0.1,
-        feed_forward_proj=activation, decoder_start_token_id=0, tie_word_embeddings=tied,
-    )  # fmt: skip
-    model = model_class(config)
-    if not tied:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)
-        model.config.tie_word_embeddings = False
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def write_bart(folder: Path):
-    """With a tokenizer of BART's kind, a bias of the head, and generation settings as bart-large-cnn has them."""
-    texts = [text for row in make_rows(40) for text in (build_prompt(row["dialogue"]), row["summary"])]
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(texts, 400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    folder.mkdir()
-    tokenizer = BartTokenizer(*trained.save_model(str(folder)))
-    for path in folder.iterdir():
-        path.unlink()
-    layers = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
-    config = BartConfig(
-        vocab_size=len(tokenizer), d_model=32, max_position_embeddings=256, scale_embedding=True, init_std=0.2,
-        **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in layers.items()},
-    )  # fmt: skip
-    model = BartForConditionalGeneration(config)
-    model.final_logits_bias.normal_()
-    settings = {"forced_bos_token_id": 0, "forced_eos_token_id": 2, "num_beams": 4, "no_repeat_ngram_size": 3}
-    model.generation_config.update(**settings, min_length=4, max_length=20, early_stopping=True, length_penalty=2.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import hub_standin
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import launch, make_rows, read_jsonl, run_script, write_flan_t5, write_rows
+from helpers import write_bart
 from safetensors.torch import load_file
-from test_models import write_bart
 from transformers import AutoModelForSeq2SeqLM
 
 import train_full

@@ -13,25 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, make_rows, read_jsonl, run_command, run_script
+from conftest import REPOSITORY, read_jsonl, run_command, run_script
+from helpers import FULL_FILES, RECORDS, TOKENIZER_FILES, compute_logits
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM
 
 import train_lora
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
 from utils.launch.output_dir import RUN_FILES, RUN_FOLDERS
-from utils.prompting import build_prompt
 
 CONFIGS = {
     "train_full.py": TrainingConfig,
     "train_lora.py": LoraTrainingConfig,
     "evaluate_rouge.py": EvaluationConfig,
 }
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
-RECORDS = ["loss_curve.png", "metrics.jsonl", "run_manifest.json"]
-FULL_FILES = [*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors"]
 LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
 EVALUATION_FILES = ["predictions.jsonl", "report.html", "report.md", "results.json"]
 METRICS = {
@@ -149,15 +146,6 @@ def test_records(runs, data_files, name):
     assert manifest["settings"]["train_file"] == str(data_files["train"])
     assert manifest["settings"].keys() == {item.name for item in dataclasses.fields(CONFIGS[f"train_{name}.py"])}
     assert (runs[name] / "loss_curve.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
-def compute_logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = make_rows(3, seed=9)
-    inputs = tokenizer([build_prompt(row["dialogue"]) for row in rows], return_tensors="pt", padding=True)
-    labels = tokenizer([row["summary"] for row in rows], return_tensors="pt", padding=True).input_ids
-    with torch.no_grad():
-        return model.eval()(**inputs, labels=labels).logits
 
 
 def test_the_full_model_loads_with_stock_transformers(runs, flan_t5):

@@ -55,3 +55,10 @@ def test_no_circle_between_modules():
         for module in leaves:
             del imports[module]
     assert not imports
+
+
+def test_no_test_file_imports_from_another():
+    for path in (REPOSITORY / "tests").rglob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        modules = {node.module or "" for node in tree if isinstance(node, ast.ImportFrom)}
+        assert not any(module.startswith("test_") for module in modules), path

@@ -20,6 +20,7 @@ from conftest import (
     write_rows,
 )
 from gradient_worker import main as save_gradient
+from helpers import check_gradient, plain_gradient, train_in_process
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,23 +46,6 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
 
 
-def plain_gradient(model_path, rows):
-    """The reference: transformers' own mean loss over one padded batch, no part of this project but the prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForSeq2SeqLM.from_pretrained(model_path).eval()
-    inputs = tokenizer([build_prompt(row["dialogue"]) for row in rows], padding=True, return_tensors="pt")
-    labels = tokenizer([row["summary"] for row in rows], padding=True, return_tensors="pt").input_ids
-    labels[labels == tokenizer.pad_token_id] = -100
-    model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def check_gradient(model_path, saved, num_processes):
-    assert saved["num_processes"] == num_processes
-    # Rounding alone: 1.7e-7 to 2.7e-7 was measured.
-    assert relative_difference(saved["gradients"], plain_gradient(model_path, make_rows(40))) < 1e-6
-
-
 # 40 examples in even and uneven pieces, in one piece (also with room left) and one by one.
 @pytest.mark.parametrize("per_device", [8, 7, 40, 1, 300])
 def test_gradient_is_that_of_one_batch(flan_t5, data_files, tmp_path, per_device):
@@ -85,19 +69,6 @@ def test_more_processes_than_examples(flan_t5, tmp_path):
     saved = torch.load(tmp_path / "gradient.pt", weights_only=True)
     assert saved["num_processes"] == 3
     assert relative_difference(saved["gradients"], plain_gradient(flan_t5, make_rows(2))) < 1e-6
-
-
-def train_in_process(script, config_class, flan_t5, data_files, output_dir, **settings):
-    """Run a script's main here; returns its lines of metrics by split."""
-    common = {
-        "model_name_or_path": str(flan_t5), "train_file": str(data_files["train"]),
-        "validation_file": str(data_files["validation"]), "output_dir": str(output_dir), "total_train_batch_size": 8,
-        "per_device_train_batch_size": 4, "logging_steps": 2, "eval_steps": 3,
-    }  # fmt: skip
-    AcceleratorState._reset_state(True)
-    script.main(config_class(**(common | settings)))
-    lines = read_jsonl(output_dir / "metrics.jsonl")
-    return {split: [line for line in lines if line["split"] == split] for split in ("train", "validation")}
 
 
 def test_metrics(flan_t5, data_files, tmp_path):

@@ -49,8 +49,7 @@ def train_all(folder: Path) -> list[Path]:
     """What the scripts leave, of a full model, of adapters and of merged ones, also of BART."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from conftest import make_rows, run_script, write_flan_t5, write_rows
-    from test_modeling import build_t5_tokenizer
-    from test_models import write_bart, write_t5
+    from helpers import build_t5_tokenizer, write_bart, write_t5
 
     rows = write_rows(folder / "train.jsonl", make_rows(40))
     models = {name: folder / name for name in ("flan", "old", "mt5", "bart")}

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, write_flan_t5
+from conftest import write_flan_t5
+from helpers import build_t5_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Tokenizer
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
 from utils.config import LoraTrainingConfig
 from utils.modeling.export import compare_with_folder, export_model, save_tokenizer
@@ -73,12 +74,6 @@ def test_export_is_compared_with_what_was_trained(flan_t5, name):
     changed = state_dict | {name: state_dict[name] + 1e-6 * torch.randn_like(state_dict[name])}
     with pytest.raises(RuntimeError, match=name):
         compare_with_folder(changed, flan_t5)
-
-
-def build_t5_tokenizer() -> T5Tokenizer:
-    """Of T5's class, with its 100 tokens that stand for left out text."""
-    demo = json.loads((REPOSITORY / "demo" / "model" / "tokenizer.json").read_text(encoding="utf-8"))
-    return T5Tokenizer(vocab=[tuple(piece) for piece in demo["model"]["vocab"]])
 
 
 def test_the_tokenizer_is_saved_for_transformers_4_too(flan_t5, tmp_path):
