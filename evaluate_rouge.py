@@ -50,8 +50,8 @@ def main(config: EvaluationConfig):
         texts = [dialogue["dialogue"] for dialogue in dialogues]
         summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
     example["texts"] = {
-        name: of_model[example["dialogue"]].text if example["dialogue"] in of_model else "(not scored)"
-        for name, of_model in summaries.items()
+        name: by_dialogue[example["dialogue"]].text if example["dialogue"] in by_dialogue else "(not scored)"
+        for name, by_dialogue in summaries.items()
     }
     if config.demo:
         # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.

@@ -69,8 +69,8 @@ def score_facts(
     for kind in ("who", "item", "time", "place"):
         expected = {d["dialogue"]: fact[kind] for d, fact in zip(dialogues, facts, strict=True) if kind in fact}
         majority = max(Counter(expected.values()).values(), default=0) / max(1, len(expected))
-        for name, of_model in summaries.items():
-            stated = {dialogue: extract_facts(of_model[dialogue].text).get(kind) for dialogue in expected}
+        for name, by_dialogue in summaries.items():
+            stated = {dialogue: extract_facts(by_dialogue[dialogue].text).get(kind) for dialogue in expected}
             correct = sum(stated[dialogue] == fact for dialogue, fact in expected.items())
             scores[name][kind] = {"correct": correct, "total": len(expected), "majority": majority}
     return scores

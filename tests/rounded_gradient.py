@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.modeling import sharding
-from utils.training import loss
+from utils.modeling import passes
+from utils.training import step
 
-backward, clip_gradient = loss.backward, sharding.clip_gradient
+backward, clip_gradient = step.backward, passes.clip_gradient
 
 
 def clip_third(accelerator, model, max_grad_norm):
@@ -25,7 +25,7 @@ def clip_third(accelerator, model, max_grad_norm):
 
 
 if __name__ == "__main__":
-    loss.backward = lambda accelerator, model, loss_sum: backward(accelerator, model, 3 * loss_sum)
-    sharding.clip_gradient = clip_third
+    step.backward = lambda accelerator, model, loss_sum: backward(accelerator, model, 3 * loss_sum)
+    passes.clip_gradient = clip_third
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1004,7 +1004,7 @@ def test_lists_in_yaml(here):
         assert config.models == expected
 
 
-def test_a_folder_demo_of_ones_own(here):
+def test_a_users_own_folder_named_demo(here):
     """Only what the demo's own settings name lies beside the scripts."""
     (here / "my.yaml").write_text("train_file: demo/train.jsonl\n")
     config = parse_config(TrainingConfig, "train_full.yaml", ["--demo", "--config=my.yaml"])

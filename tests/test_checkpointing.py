@@ -491,7 +491,7 @@ def test_other_settings_are_all_named(paths, stopped):
         resume("full", paths, stopped["full"], seed=7, learning_rate=0.02)
 
 
-def test_a_setting_of_ones_own_counts(paths, stopped, monkeypatch):
+def test_a_new_setting_counts(paths, stopped, monkeypatch):
     """A script that gets a new setting need not say so anywhere else."""
     mine = dataclasses.make_dataclass("Mine", [("label_smoothing", float, 0.0)], bases=(TrainingConfig,), frozen=True)
     monkeypatch.setitem(SCRIPTS, "full", (train_full, mine))
@@ -581,7 +581,7 @@ def test_others_may_read_what_is_written(never_stopped):
         assert set(modes.values()) == {modes[folder / "metrics.jsonl"]}
 
 
-def test_beginning_anew(paths, copy_of_stopped, never_stopped):
+def test_overwriting_starts_over(paths, copy_of_stopped, never_stopped):
     assert train("full", paths, copy_of_stopped, overwrite_output_dir=True) == 0
     check_same("full", copy_of_stopped, never_stopped["full"])
     assert [path.name for path in find_checkpoints(copy_of_stopped)] == ["step_000012", "step_000010", "step_000005"]

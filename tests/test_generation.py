@@ -196,7 +196,7 @@ def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
     assert (difference["difference"], difference["low"], difference["high"]) == (0, 0, 0)
 
 
-def test_a_killed_generation_goes_on_where_it_stopped(unsure_model, tmp_path):
+def test_a_killed_generation_resumes(unsure_model, tmp_path):
     def command(output_dir: Path, *words: str) -> list[str]:
         return [
             sys.executable, "evaluate_rouge.py", "--demo", "--models", f"a={unsure_model}", "b=demo/model",

@@ -35,7 +35,7 @@ def read_bytes(screen: str, name: str) -> float:
 
 
 @pytest.mark.parametrize(("kind", "num_processes"), [("full", 1), ("lora", 1), ("full", 2)])
-def test_it_says_what_the_run_then_is(flan_t5, data_files, tmp_path, kind, num_processes):
+def test_preflight_predicts_the_run(flan_t5, data_files, tmp_path, kind, num_processes):
     sizes = ("--total_train_batch_size", 16, "--per_device_train_batch_size", 3, "--max_source_length", 40)
     command = words(kind, flan_t5, data_files, tmp_path / "out", *sizes, "--logging_steps", 2, "--num_train_epochs", 2)
     started = time.perf_counter()
@@ -100,7 +100,7 @@ def start(flan_t5, data_files, tmp_path):
         ("max_source_length", 2, "--max_source_length must be over "),
     ],
 )
-def test_what_the_run_would_refuse(start, flan_t5, tmp_path, capsys, setting, value, text):
+def test_preflight_refuses_what_the_run_would(start, flan_t5, tmp_path, capsys, setting, value, text):
     (tmp_path / "broken.jsonl").write_text("{broken\n")
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "metrics.jsonl").write_text("{}\n")

@@ -189,7 +189,7 @@ def test_resumed_is_uninterrupted(inputs, runs, tmp_path, strategy, kind):
         ("fsdp2", "one process", "full"),
     ],
 )
-def test_goes_on_under_another_strategy(inputs, runs, tmp_path, first, second, kind):
+def test_resumes_under_another_strategy(inputs, runs, tmp_path, first, second, kind):
     """A checkpoint is the same file under each; the end agrees to rounding."""
     finished = runs(first, kind)
     resumed = keep_checkpoint(finished, tmp_path / "out")
@@ -200,7 +200,7 @@ def test_goes_on_under_another_strategy(inputs, runs, tmp_path, first, second, k
     assert relative_difference(ours, expected) < 5e-6
 
 
-def test_lora_in_bf16_goes_on_under_another_strategy(inputs, tmp_path):
+def test_lora_in_bf16_resumes_under_another_strategy(inputs, tmp_path):
     """The frozen weights are the same bf16 ones under each, so that the run is the same: its first loss, before any
     update, but for the order of a sum, and its end to bf16's rounding, far less than fp32 weights would change it."""
     in_bf16 = ("--mixed_precision", "bf16")
@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite(inputs, tmp_path, strategy):
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
-def test_what_needs_whole_models_is_refused(inputs, tmp_path):
+def test_auto_batch_size_and_rouge_are_refused_where_the_model_is_sharded(inputs, tmp_path):
     for strategy, setting, value in (
         ("deepspeed_zero1", "--per_device_train_batch_size", "auto"),
         ("fsdp2", "--metric_for_best_model", "rouge1"),

@@ -30,7 +30,7 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
             "size_bytes": sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern)),
             "seconds": sum(line["num_examples"] / line["samples_per_second"] for line in train),
             "peak_memory_mib": max((line["peak_memory_mib"] for line in train), default=None),
-            "curves": {split: thin(of_split) for split, of_split in points.items()},
+            "curves": {split: thin(curve) for split, curve in points.items()},
         }
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None  # a model from elsewhere, or from an earlier version: its texts are scored all the same

@@ -24,32 +24,32 @@ def write_results(
     config: EvaluationConfig,
     dialogues: list[dict[str, Any]],
     summaries: dict[str, dict[str, Summary]],
-    facts: dict[str, Any],
+    header: dict[str, Any],
 ):
-    """Score `summaries[model][dialogue]` and write both files; results.json begins with `facts`."""
+    """Score `summaries[model][dialogue]` and write both files; results.json begins with `header`."""
     references = [dialogue["references"] for dialogue in dialogues]
     sources = [dialogue["dialogue"] for dialogue in dialogues]
-    in_order = {name: [of_model[source] for source in sources] for name, of_model in summaries.items()}
+    in_order = {name: [by_dialogue[source] for source in sources] for name, by_dialogue in summaries.items()}
     scores = {
-        name: score_texts([s.text for s in of_model], references, config.use_stemmer, config.rouge_newline, name)
-        for name, of_model in in_order.items()
+        name: score_texts([s.text for s in texts_of_model], references, config.use_stemmer, config.rouge_newline, name)
+        for name, texts_of_model in in_order.items()
     }
     lines = [
         describe_line(name, dialogue, summary, {metric: scores[name][metric][index] for metric in scores[name]})
-        for name, of_model in in_order.items()
-        for index, (dialogue, summary) in enumerate(zip(dialogues, of_model, strict=True))
+        for name, texts_of_model in in_order.items()
+        for index, (dialogue, summary) in enumerate(zip(dialogues, texts_of_model, strict=True))
     ]
     models, comparisons = compare_models(scores, config.seed)
     num_unseen = sum(not re.search("[a-z0-9]", text.lower()) for texts in references for text in texts)
     if num_unseen:
         logger.warning("%d references have no letter a to z and no digit: nothing else counts in ROUGE", num_unseen)
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
-    for name, of_model in in_order.items():
-        texts, truncated = zip(*of_model, strict=True)
+    for name, texts_of_model in in_order.items():
+        texts, truncated = zip(*texts_of_model, strict=True)
         models[name]["diagnostics"] = describe_texts(texts, sources, truncated)
         models[name]["training"] = read_training(paths[name]) if name in paths else None
     results = {
-        **facts,
+        **header,
         "models": models,
         "comparisons": comparisons,
         "references": describe_texts(

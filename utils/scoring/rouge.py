@@ -55,7 +55,7 @@ class Rouge(evaluate.Metric):
                 pool.join()  # not ended by a SIGTERM, which they may have inherited as ignored
         else:
             scores = list(show(map(score, pairs)))
-        return {metric: [of_text[metric] for of_text in scores] for metric in METRICS}
+        return {metric: [text_scores[metric] for text_scores in scores] for metric in METRICS}
 
 
 def count_cores() -> int:

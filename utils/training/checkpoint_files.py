@@ -40,9 +40,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        for name, of_file in tensors.items():
+        for name, weights in tensors.items():
             with raise_disk_errors(unfinished / f"{name}.safetensors"):
-                save_file(of_file, unfinished / f"{name}.safetensors")
+                save_file(weights, unfinished / f"{name}.safetensors")
         (unfinished / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         (unfinished / "metrics.jsonl").write_bytes(metrics)
         for path in unfinished.glob("*.safetensors"):

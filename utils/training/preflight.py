@@ -150,7 +150,7 @@ def describe_data(config: TrainingConfig, data: dict[str, datasets.Dataset | Non
 def describe_plan(
     config: TrainingConfig, micro_batches: list[list[MicroBatch]], num_examples: int, num_steps: int
 ) -> list[str]:
-    everywhere = [micro_batch for of_process in micro_batches for micro_batch in of_process]
+    everywhere = [micro_batch for share in micro_batches for micro_batch in share]
     num_planned = min(num_steps, NUM_STEPS_PLANNED)
     per_update = len(micro_batches[0]) // num_planned
     efficiency = sum(m.num_tokens for m in everywhere) / sum(m.num_computed_tokens for m in everywhere)
@@ -177,7 +177,7 @@ def describe_memory(
     free: int,
 ) -> tuple[list[str], int]:
     """Lines, and the bytes that a process needs."""
-    largest, validation = find_largest(m for of_process in micro_batches for m in of_process), None
+    largest, validation = find_largest(m for share in micro_batches for m in share), None
     if validation_data:
         lengths = measure_lengths(validation_data)
         plan = plan_pass(lengths, config.per_device_eval_batch_size, 0, accelerator.num_processes)
