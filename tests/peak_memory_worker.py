@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils.modeling.loading
+import utils.modeling.lora
 
 
 def read_memory() -> int:
@@ -45,7 +46,7 @@ def main(folder: str, script: str):
             sampler.start()
         return load_model(*arguments, **keywords)
 
-    utils.modeling.loading.load_model = watched_load_model
+    utils.modeling.loading.load_model = utils.modeling.lora.load_model = watched_load_model
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

@@ -612,6 +612,7 @@ BROKEN_ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_full", "evaluate_rouge"])
 @pytest.mark.parametrize("case", BROKEN_ADAPTERS)
 def test_broken_adapter(refuse, here, data_files, finished, script, case):
@@ -831,6 +832,7 @@ def test_missing_predictions_file(refuse, here):
 # The same through processes, as users see it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words", "expected"),
     [
@@ -1162,6 +1164,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["evaluate_rouge.py: error: interrupted"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [">&-", "| true"])
 def test_a_closed_output(finished, tmp_path, ending):
     """The report is written all the same; a letter that the terminal does not have is no reason to fail."""

@@ -92,6 +92,7 @@ def test_not_even_one_fits(flan_t5, data_files, tmp_path, set_memory):
         train(flan_t5, data_files, tmp_path / "out", "auto")
 
 
+@pytest.mark.slow
 def test_auto_is_refused_on_a_cpu(tmp_path):
     """Before anything is loaded, in 8 GB: 48 such rows in one micro-batch of a real model would take 37."""
     model = write_flan_t5(tmp_path / "model")
@@ -112,6 +113,7 @@ def test_auto_is_refused_on_a_cpu(tmp_path):
 
 # Too little for the first turn of each of the two steps, on one of two processes: at 4 examples, and then at 2.
 # In the first of several turns, and in the only one, after which the others exchange gradients.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("short_rank", "fitting", "num_tokens", "num_turns"),
     [(0, 4, 150, [3, 5]), (1, 4, 100, [3, 5, 10]), (0, 10, 500, [1, 2])],

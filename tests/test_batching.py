@@ -51,6 +51,7 @@ def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew(
     assert not np.array_equal(epochs[0], np.concatenate([select_examples(12460, 256, 43, step) for step in range(48)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("per_device", [4, 16, 300])
 def test_every_process_does_its_part_of_the_same_step(world, per_device):
@@ -96,6 +97,7 @@ def test_a_cut_that_cannot_keep_to_the_limits():
     assert cut_micro_batches(LENGTHS[:8], 2, 8 * LENGTHS.max(axis=0), cost_limit=1) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("total", "turns", "world"), [(256, 8, 2), (256, 4, 4), (256, 2, 8), (256, 1, 16), (2500, 2, 80)]
 )

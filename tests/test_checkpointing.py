@@ -142,6 +142,7 @@ def copy_of_stopped(stopped, tmp_path) -> Path:
 # --- exact ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_stopped_by_a_file(paths, stopped, never_stopped, tmp_path, kind):
     output_dir = shutil.copytree(stopped[kind], tmp_path / "out")
@@ -152,6 +153,7 @@ def test_stopped_by_a_file(paths, stopped, never_stopped, tmp_path, kind):
     check_same(kind, output_dir, never_stopped[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_stopped_more_than_once(paths, never_stopped, tmp_path, kind):
     """By each signal in turn; before the first checkpoint, at a logged step, at a validated one and at the last."""
@@ -163,6 +165,7 @@ def test_stopped_more_than_once(paths, never_stopped, tmp_path, kind):
     check_same(kind, tmp_path / "out", never_stopped[kind])
 
 
+@pytest.mark.slow
 def test_stopped_by_time(paths, never_stopped, tmp_path):
     with acting_in_step(7, lambda: time.sleep(60)), pytest.MonkeyPatch.context() as patch:
         now = [0.0]
@@ -175,6 +178,7 @@ def test_stopped_by_time(paths, never_stopped, tmp_path):
     check_same("full", tmp_path / "out", never_stopped["full"])
 
 
+@pytest.mark.slow
 def test_a_validation_is_left_early(paths, never_stopped, tmp_path):
     evaluate_loss = loop.evaluate_loss
 
@@ -234,6 +238,7 @@ def long_never_stopped(paths, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "number"), [("full", signal.SIGTERM), ("lora", signal.SIGINT), ("full", signal.SIGUSR1)]
 )
@@ -251,6 +256,7 @@ def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number
     check_same(kind, output_dir, long_never_stopped[kind])
 
 
+@pytest.mark.slow
 def test_a_signal_while_it_is_loading(paths, tmp_path):
     """Held back until the script listens, as slurm/launch.sh does."""
     settings = SETTINGS | paths | {"output_dir": tmp_path / "out"}
@@ -265,6 +271,7 @@ def test_a_signal_while_it_is_loading(paths, tmp_path):
     assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_signal_on_the_way_out(paths, tmp_path):
     """The work is done: the exit code says so."""
     script = (
@@ -336,6 +343,7 @@ def on_two(paths, without_dropout, tmp_path_factory) -> tuple[Path, str]:
     return folder, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_exact_on_two_processes(on_two, kind):
     folder, _ = on_two
@@ -378,6 +386,7 @@ def test_from_two_processes_to_one(on_two, without_dropout, never_stopped_on_one
     check_same_to_rounding(without_dropout["model_name_or_path"], output_dir, never_stopped_on_one)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher(paths, tmp_path):
     output_dir = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -559,6 +568,7 @@ def test_latest_without_a_checkpoint(paths, never_stopped, tmp_path, caplog):
     check_same("full", tmp_path / "out", never_stopped["full"])
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(paths, tmp_path):
     """The second is refused whatever it asks for, and leaves the first alone; when that has ended, it is not."""
     words = ["train_full.py", *to_words(SETTINGS | paths | {"output_dir": tmp_path / "out"})]
@@ -653,6 +663,7 @@ def test_the_only_good_one_is_kept(paths, tmp_path, monkeypatch):
     verify_checkpoint(find_checkpoints(tmp_path / "out")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_step", [None, 6, 10])
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_the_best_is_exported(paths, tmp_path, monkeypatch, kind, stop_step):
@@ -703,6 +714,7 @@ def test_a_best_that_cannot_be_written(paths, tmp_path, monkeypatch, caplog):
     assert [name for name in best if not exported[name].equal(best[name])] == []
 
 
+@pytest.mark.slow
 def test_the_best_by_rouge(paths, tmp_path, monkeypatch):
     """The highest, of summaries of all nine rows and their real references."""
     scored, values = [], iter([0.1, 0.2, 0.4, 0.3])
@@ -752,11 +764,11 @@ def test_a_last_good_model_is_not_cleared_away(paths, tmp_path):
 
 
 def test_a_step_taken_again_replaces_its_checkpoint(paths, copy_of_stopped):
-    """With other steps between the log's lines, the record up to it is another."""
+    """With other steps between the log's lines, the record up to it is another: the line of step 5 is due now."""
     settings = {"logging_steps": 1, "resume_from_checkpoint": str(copy_of_stopped / "checkpoints" / "step_000005")}
     assert stop_in_step(8, "full", paths, copy_of_stopped, **settings) == EXIT_STOPPED
     record = read_jsonl(copy_of_stopped / "checkpoints" / "step_000008" / "metrics.jsonl")
-    assert [line["step"] for line in record if line["split"] == "train"] == [3, 6, 7, 8]
+    assert [line["step"] for line in record if line["split"] == "train"] == [3, 5, 6, 7, 8]
 
 
 def test_a_checkpoint_of_another_folder_is_there_from_the_start(paths, never_stopped, stopped, tmp_path):
@@ -821,6 +833,7 @@ def test_a_full_disk(paths, never_stopped, small_disk, caplog):
         verify_checkpoint(find_checkpoints(output_dir, kind)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "step"), [("train", 6), ("validation", 8)])
 def test_a_line_that_a_full_disk_refuses_ends_the_run(paths, never_stopped, tmp_path, monkeypatch, split, step):
     """After a checkpoint, from which the line is written when the run is resumed."""
@@ -840,6 +853,7 @@ def test_a_line_that_a_full_disk_refuses_ends_the_run(paths, never_stopped, tmp_
     check_same("full", tmp_path / "out", never_stopped["full"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_takes_no_line(paths, small_disk):
     """Nor a checkpoint of the step; the run is resumed from the one before."""
     output_dir = small_disk(8000) / "out"
@@ -864,6 +878,7 @@ def test_a_full_disk_takes_no_line(paths, small_disk):
     ]
 
 
+@pytest.mark.slow
 def test_a_stop_on_a_full_disk(paths, never_stopped, small_disk):
     """The checkpoint of step 5 is kept, and resumed from when there is room."""
     output_dir = small_disk(1700) / "out"
@@ -876,6 +891,7 @@ def test_a_stop_on_a_full_disk(paths, never_stopped, small_disk):
     check_same("full", output_dir, never_stopped["full"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_no_room_for_the_export(paths, small_disk, num_processes):
     """One line and no hang; when there is room, the last checkpoint is exported without another update."""
@@ -973,6 +989,7 @@ def test_nothing_loaded_can_run_code():
             assert ast.unparse(node) != "torch.load" if isinstance(node, ast.Attribute) else True, path
 
 
+@pytest.mark.slow
 def test_killed_many_times(tmp_path):
     places = kill_many_times(tmp_path, num_runs=3, seed=5)
     assert sum(places.values()) - places["none: it was done before"] >= 4

@@ -34,6 +34,7 @@ def results(demo):
     return json.loads((demo / "demo-rouge-report" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_rouge_is_far_above_a_random_summary(results):
     rouge1 = {name: model["scores"]["average"]["rouge1"]["value"] for name, model in results["models"].items()}
     assert set(rouge1) == {"original", "full", "lora", "random"}
@@ -51,6 +52,7 @@ def test_facts_are_right(results, name, share):
         assert fact["correct"] > fact["majority"] * fact["total"], kind
 
 
+@pytest.mark.slow
 def test_sample_is_wrong_before_and_right_after(demo):
     """The dialogue that README shows, from the validation split."""
     index = EXAMPLE
@@ -68,6 +70,7 @@ def test_sample_is_wrong_before_and_right_after(demo):
         assert extract_facts(shown[name].strip()) == row["facts"]
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_on_two_processes(tmp_path):
     words = ("train_full.py", "--demo", "--max_train_steps", 2, "--output_dir", tmp_path / "out")
     run = run_script(*words, num_processes=2)

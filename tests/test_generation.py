@@ -39,6 +39,7 @@ def generate(folder: Path, dialogues: list[str], **settings):
         return [summaries[dialogue] for dialogue in dialogues]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [MODES["greedy"], MODES["beams"], {"max_new_tokens": 40}])
 def test_summaries_are_those_of_one_prompt_at_a_time(unsure_model, settings):
     dialogues = load_dialogues()
@@ -79,6 +80,7 @@ def test_texts_that_have_ended_cost_nothing(unsure_model):
     assert sum(num_encoded) == len(prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(2, 0.0), (3, 1.0), (5, -1.0), (5, 2.0)])
 @pytest.mark.parametrize("generation_settings", [{}, {"eos_token_id": [1, 5], "no_repeat_ngram_size": 2}])
@@ -101,6 +103,7 @@ def test_beam_search_is_that_of_transformers(
     assert sum(num_computed) <= num_tokens < 1.1 * sum(num_computed)
 
 
+@pytest.mark.slow
 def test_a_lower_limit_cuts_the_same_texts(unsure_model):
     model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
     prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()]).input_ids
@@ -150,6 +153,7 @@ def test_processes_get_shares_of_equal_cost(num_processes):
     assert max(of_ranks) < 1.06 * sum(of_ranks) / num_processes
 
 
+@pytest.mark.slow
 def test_one_two_and_three_processes_give_the_same_texts(unsure_model, tmp_path):
     results, keys = [], {}
     for num_processes in (1, 2, 3):
@@ -173,6 +177,7 @@ def test_one_two_and_three_processes_give_the_same_texts(unsure_model, tmp_path)
     assert greedy != beams
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for num_processes, folder in enumerate(folders, start=1):
@@ -196,6 +201,7 @@ def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
     assert (difference["difference"], difference["low"], difference["high"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_killed_generation_resumes(unsure_model, tmp_path):
     def command(output_dir: Path, *words: str) -> list[str]:
         return [

@@ -18,6 +18,7 @@ import pytest
 from conftest import REPOSITORY, WORDS, read_jsonl, write_flan_t5
 from safetensors import safe_open
 
+pytestmark = pytest.mark.slow
 MODELS = ["original", "full", "lora"]
 
 

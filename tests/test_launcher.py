@@ -78,6 +78,7 @@ def test_a_script_starts_with_settings_for_gpus(monkeypatch, script, setting):
     assert seen == [expected, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_file", [False, True])
 def test_fewer_processes_than_asked_for(launch, tmp_path, by_file):
     words = ["--cpu", "--num_processes", "2"]
@@ -89,6 +90,7 @@ def test_fewer_processes_than_asked_for(launch, tmp_path, by_file):
     )
 
 
+@pytest.mark.slow
 def test_fewer_processes_in_an_evaluation(data_files, tmp_path):
     """Started as a module, and with more words than the script's."""
     words = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "evaluate_rouge.py")
@@ -96,6 +98,7 @@ def test_fewer_processes_in_an_evaluation(data_files, tmp_path):
     assert "evaluate_rouge.py: error: num_processes is 2 and accelerate launch has started 1" in run.stderr
 
 
+@pytest.mark.slow
 @no_gpu
 def test_several_gpus_where_there_is_none(launch, tmp_path):
     """Each process thought that it was the only one, and both wrote into one folder."""
@@ -106,6 +109,7 @@ def test_several_gpus_where_there_is_none(launch, tmp_path):
     assert [line["step"] for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, words, message",
     [
@@ -132,10 +136,11 @@ def test_several_gpus_where_there_is_none(launch, tmp_path):
 def test_settings_that_contradict_the_scripts(launch, tmp_path, settings, words, message):
     if settings:
         words = ["--config_file", write_config(tmp_path / "a.yaml", settings)]
-    run = launch(*words, DS_ACCELERATOR="cpu")
+    run = launch(*words, cold=not settings, DS_ACCELERATOR="cpu")  # then only the launcher's words say it
     assert read_refusal(run, tmp_path / "out").startswith(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -160,6 +165,7 @@ def test_deepspeed_files(launch, tmp_path, text, message):
     assert read_refusal(run, tmp_path / "out").startswith(message.format(path=path))
 
 
+@pytest.mark.slow
 def test_a_deepspeed_file_that_leaves_all_to_the_script(launch, tmp_path):
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     sections = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}
@@ -170,6 +176,7 @@ def test_a_deepspeed_file_that_leaves_all_to_the_script(launch, tmp_path):
     assert json.loads((tmp_path / "out" / "run_manifest.json").read_text())["strategy"] == "DEEPSPEED_ZERO2"
 
 
+@pytest.mark.slow
 def test_deepspeed_asked_for_and_not_there(flan_t5, data_files, tmp_path):
     words = ("--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--output_dir", tmp_path / "out")
     for num_processes, message in (
@@ -231,6 +238,7 @@ def test_variables_that_change_nothing(monkeypatch):
     check_launcher(TrainingConfig())
 
 
+@pytest.mark.slow
 def test_a_shell_that_ends_takes_no_training_along(flan_t5, data_files, tmp_path):
     """A process stops when its `accelerate launch` is gone, whatever variables of it somebody has exported."""
     words = [
@@ -255,6 +263,7 @@ def wait_until(condition: Callable[[], bool]):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepspeed_zero3_offload", "fsdp2", "cpu"])
 def test_what_slurm_gets_is_what_the_launcher_sets(tmp_path, name):
     """Of each of its variables the same value, by the real launcher's hand on a script that prints them."""

@@ -16,6 +16,7 @@ from utils.modeling.loading import check_head, count_parameters, load_model, loa
 from utils.modeling.lora import add_lora
 
 
+@pytest.mark.slow
 def test_parameters_of_flan_t5_base(tmp_path):
     shape = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048, "num_layers": 12}
     folder = write_flan_t5(tmp_path, **shape)

@@ -51,6 +51,7 @@ def merged(output_dir: Path) -> Path:
     return output_dir.with_name(f"{output_dir.name}_merged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_saved(finished, flan_t5, name):
     variant = VARIANTS[name]
@@ -107,6 +108,7 @@ def test_merged_weights_are_the_bases_own_and_the_product(finished, flan_t5):
             assert torch.equal(after[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resumed_is_uninterrupted(finished, flan_t5, data_files, tmp_path, name):
     output_dir = tmp_path / name
@@ -118,6 +120,7 @@ def test_resumed_is_uninterrupted(finished, flan_t5, data_files, tmp_path, name)
         assert (ours / weights).read_bytes() == (expected / weights).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_a_base_that_is_stored_in_16_bits(flan_t5, data_files, tmp_path, dtype, precision):
@@ -327,6 +330,7 @@ def without_dropout(data_files, tmp_path_factory) -> tuple[list, Path]:
     return words, folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero3", "fsdp2"])
 def test_all_variants_on_two_processes(without_dropout, tmp_path, strategy):
     words, alone = without_dropout

@@ -31,6 +31,7 @@ def test_live_bytes():
     assert (live.peak, live.logits_at_peak) == (3200, 2400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_step_on_fake_tensors_is_one_on_real_ones(flan_t5, precision):
     AcceleratorState._reset_state(True)

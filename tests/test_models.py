@@ -63,6 +63,7 @@ def trained(models, data_files, tmp_path_factory) -> dict[tuple[str, str], Path]
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_training(models, trained, name):
     before, after = (load_file(folder / "model.safetensors") for folder in (models[name], trained[name, "full"]))
@@ -79,6 +80,7 @@ def test_training(models, trained, name):
         assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_generated_texts_are_those_of_stock_generate(models, trained, data_files, tmp_path):
     names = {"_".join(key): folder for key, folder in trained.items()} | models
     words = [f"{name}={folder}" for name, folder in names.items()]

@@ -80,6 +80,7 @@ def test_words_are_understood(command):
     parse_config(CONFIGS[name], f"{name}.yaml", arguments)
 
 
+@pytest.mark.slow
 def test_commands_for_own_data(flan_t5, tmp_path):
     """In README's order, with a small model instead of google/flan-t5-base and files of the columns named there."""
     commands = [command for command in readme_commands() if "--dialogue_column" in command]

@@ -1,6 +1,5 @@
 """report.html in a real browser, with 500 dialogues and text that would like to be markup; the console, report.md."""
 
-import io
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
 
 from utils.config import UserError
 from utils.scoring.html_report import build_page, escape_json
-from utils.scoring.report import format_markdown, format_table, has_color, read_results
+from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.tables import Table, describe_differences
 
 HOSTILE = (
@@ -103,6 +102,7 @@ def expected_changes(report, a: str, b: str, metric: str = "rouge1") -> dict[str
     return {row_id: scores[a, row_id] - value for (name, row_id), value in scores.items() if name == b}
 
 
+@pytest.mark.slow
 def test_it_opens_and_holds_what_was_scored(report, open_page):
     page = open_page(report / "out" / "report.html")
     results = json.loads((report / "out" / "results.json").read_text(encoding="utf-8"))
@@ -129,6 +129,7 @@ def test_text_of_the_data_is_never_markup(report, open_page):
     assert page.title() == "Summaries scored with ROUGE"
 
 
+@pytest.mark.slow
 def test_sorting(report, open_page):
     """The largest changes first, for better or worse; then by any column, both ways; by keyboard."""
     page = open_page(report / "out" / "report.html")
@@ -151,6 +152,7 @@ def test_sorting(report, open_page):
     assert len(read_column(page, 1)) == 500
 
 
+@pytest.mark.slow
 def test_filters_and_choices(report, open_page):
     page = open_page(report / "out" / "report.html")
     changes = expected_changes(report, MODELS[1], MODELS[0], "rouge2")
@@ -171,6 +173,7 @@ def test_filters_and_choices(report, open_page):
     assert read_column(page, 3)[-1] == f"{100 * line['scores']['rouge2'][0]:.1f}"
 
 
+@pytest.mark.slow
 def test_differing_words_are_marked(report, open_page):
     page = open_page(report / "out" / "report.html")
     page.fill("#search", "d5_1")
@@ -195,6 +198,7 @@ def test_a_phone_and_the_dark(report, open_page):
     assert (dark, page.evaluate(background)) == ("rgb(18, 22, 28)", "rgb(255, 255, 255)")
 
 
+@pytest.mark.slow
 def test_500_dialogues(report, open_page):
     """The first 100 are drawn until all are asked for, so that the table keeps up with typing in the search."""
     page = open_page(report / "out" / "report.html")
@@ -205,6 +209,7 @@ def test_500_dialogues(report, open_page):
     assert (report / "out" / "report.html").stat().st_size < 4e6
 
 
+@pytest.mark.slow
 def test_report_only_writes_the_same_again(report, tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()
@@ -267,23 +272,9 @@ def test_json_in_a_page_cannot_end_its_element():
 TABLE = Table("title", ["model", "rouge1"], [["a", "1.00"], ["longer", "10.00"]], {(1, 1): "best"})
 
 
-def test_table_is_aligned_with_and_without_color(monkeypatch):
+def test_table_is_aligned():
     plain = ["model   rouge1", "------  ------", "a         1.00", "longer   10.00"]
     assert format_table(TABLE).splitlines() == plain
-    colored = format_table(TABLE, use_color=True)
-    assert "\x1b[1;32m 10.00\x1b[0m" in colored
-    assert re.sub(r"\x1b\[[\d;]*m", "", colored).splitlines() == plain
-
-
-def test_color_only_on_a_terminal_that_wants_it(monkeypatch):
-    terminal = io.StringIO()
-    assert not has_color(terminal)
-    terminal.isatty = lambda: True
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert has_color(terminal)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not has_color(terminal)
 
 
 def make_comparison(**intervals: tuple[float, float]) -> dict:
@@ -307,6 +298,7 @@ def test_sentences():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DIALOGSUM.is_dir(), reason="DialogSum is not beside the project")
 def test_few_real_rows_are_called_a_quick_look(tmp_path):
     """`--max_eval_samples 10` of DialogSum: intervals all the same, and a sentence that says what they are worth."""

@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from utils.data.batching import select_examples
 from utils.prompting import build_prompt
 
+pytestmark = pytest.mark.slow
 LEARNING_RATE = 1e-4
 
 

@@ -96,6 +96,7 @@ def runs(tmp_path_factory, flan_t5, data_files) -> dict[str, Path]:
     return {name: folder / "made" / name for name in ("full", "lora", "report")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "files"), [("full", FULL_FILES), ("lora", LORA_FILES), ("report", EVALUATION_FILES)])
 def test_exactly_these_files_are_left(runs, name, files):
     assert sorted(path.name for path in runs[name].parent.iterdir()) == ["full", "lora", "report"]

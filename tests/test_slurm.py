@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, read_jsonl, relative_difference, run_script, write_flan_t5
+from filelock import FileLock
 from safetensors.torch import load_file
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="a Slurm of one's own needs root"),
     pytest.mark.skipif(
         not Path("/usr/sbin/slurmctld").exists(), reason="no Slurm here: tests/slurm/install-slurm.sh installs it"
@@ -31,8 +33,7 @@ ENDLESS = ("--max_train_steps", "100000")
 
 def find_free_ports(num_ports: int) -> int:
     """The first of `num_ports` neighbouring ports that are free now."""
-    first = 21000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # each worker its own
-    for port in range(first, first + 1000, 10):
+    for port in range(21000, 30000, 10):
         try:
             for offset in range(num_ports):
                 with socket.socket() as probe:
@@ -115,11 +116,12 @@ def wait_until(condition: Callable[[], bool], timeout: int, explain: Callable[[]
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     folder = tempfile.mkdtemp(dir="/tmp")  # short: the path of a Unix socket must fit into 100 characters
-    cluster = Cluster(Path(folder))
-    yield cluster
-    cluster.stop()
+    with FileLock(tmp_path_factory.getbasetemp().parent / "slurm.lock"):  # one at a time, if pytest's workers share
+        cluster = Cluster(Path(folder))
+        yield cluster
+        cluster.stop()
     shutil.rmtree(folder)
 
 

@@ -54,6 +54,7 @@ def test_gradient_is_that_of_one_batch(flan_t5, data_files, tmp_path, per_device
 
 
 # Two processes, and three, which do not divide 40; with 300 per device, one micro-batch on each.
+@pytest.mark.slow
 @pytest.mark.parametrize(("per_device", "num_processes"), [(4, 2), (300, 2), (7, 3)])
 def test_gradient_on_several_processes(flan_t5, data_files, tmp_path, per_device, num_processes):
     words = ("tests/gradient_worker.py", flan_t5, data_files["train"], 40, per_device, tmp_path / "gradient.pt")
@@ -62,6 +63,7 @@ def test_gradient_on_several_processes(flan_t5, data_files, tmp_path, per_device
     check_gradient(flan_t5, torch.load(tmp_path / "gradient.pt", weights_only=True), num_processes)
 
 
+@pytest.mark.slow
 def test_more_processes_than_examples(flan_t5, tmp_path):
     rows = write_rows(tmp_path / "two.jsonl", make_rows(2))
     run = run_script("tests/gradient_worker.py", flan_t5, rows, 40, 4, tmp_path / "gradient.pt", num_processes=3)
@@ -90,6 +92,7 @@ def test_metrics(flan_t5, data_files, tmp_path):
     assert manifest["num_processes"] == 1 and manifest["settings"]["warmup_ratio"] == 0.4
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_own():
     """getrusage would count what the parent held when it started the process."""
     code = "from utils.training.tracking import *; print(measure_peak_memory(Accelerator(cpu=True)))"
@@ -160,6 +163,7 @@ def test_the_norm_of_a_large_weight():
     assert math.sqrt(sum(float(p.grad.double().square().sum()) for p in model)) == clipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "config_class"), [(train_full, TrainingConfig), (train_lora, LoraTrainingConfig)])
 def test_loss_falls_and_checkpointing_changes_nothing(
     script, config_class, flan_t5, data_files, tmp_path, monkeypatch
@@ -210,6 +214,7 @@ def test_no_micro_batch_waits_for_the_device(flan_t5, data_files, lora):
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_same_run_twice_is_the_same_to_the_bit(flan_t5, data_files, tmp_path):
     """Dropout included: it depends on seed, step and rank alone."""
     for name in ("a", "b"):
@@ -219,6 +224,7 @@ def test_same_run_twice_is_the_same_to_the_bit(flan_t5, data_files, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path, data_files):
     """One process in one piece, two processes in four pieces: the same losses and the same weights, up to rounding."""
     model = write_flan_t5(tmp_path / "model", dropout_rate=0.0)
@@ -241,6 +247,7 @@ def test_two_processes_train_the_same_model(tmp_path, data_files):
     assert relative_difference({name: second[name] - before[name] for name in first}, moved) < 5e-5
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_the_update(flan_t5, data_files, tmp_path):
     """One training dialogue holds a word whose embedding is infinite."""
     model = AutoModelForSeq2SeqLM.from_pretrained(flan_t5)
@@ -294,6 +301,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(flan_t5, data_files,
     assert not (tmp_path / "out" / "last_good_model").exists()
 
 
+@pytest.mark.slow
 def test_tokens_are_made_once(flan_t5, data_files, tmp_path):
     """A second run, and every further process, finds them in the cache."""
     words = ["--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--max_train_steps", 1]

@@ -1,11 +1,10 @@
 """A finished evaluation for people: the console, report.md and report.html; and the loss curve of a training."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate import PartialState
 from matplotlib.figure import Figure
@@ -15,8 +14,6 @@ from utils.data.rows import parse_json, read_file
 from utils.files import describe_file, write_file
 from utils.scoring.html_report import build_page
 from utils.scoring.tables import Table, build_tables
-
-ANSI = {"head": "1", "best": "1;32", "above": "32", "below": "31", "noise": "2"}
 
 
 def plot_loss_curve(output_dir: str | Path):
@@ -43,7 +40,7 @@ def show_report(config: EvaluationConfig):
     pages = {"report.html": build_page(results, predictions), "report.md": format_markdown(results)}
     for name, text in pages.items():
         write_file(Path(config.output_dir) / name, text.encode())
-    sys.stdout.write(f"{format_results(results, has_color(sys.stdout))}\n\nwritten: {config.output_dir}\n")
+    sys.stdout.write(f"{format_results(results)}\n\nwritten: {config.output_dir}\n")
 
 
 def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -60,31 +57,19 @@ def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     return results, lines
 
 
-def format_table(table: Table, use_color: bool = False) -> str:
+def format_table(table: Table) -> str:
     """Aligned columns, the first to the left and the others to the right."""
     lines = [table.header, *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    printed = []
-    for number, line in enumerate(lines):
-        cells = []
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
-            padded = cell.rjust(width) if column else cell.ljust(width)
-            style = "head" if number == 0 else table.styles.get((number - 2, column))
-            cells.append(f"\x1b[{ANSI[style]}m{padded}\x1b[0m" if use_color and style else padded)
-        printed.append("  ".join(cells).rstrip())
-    return "\n".join(printed)
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
-def has_color(stream: TextIO) -> bool:
-    """Whether the stream is a terminal whose user has not turned colors off (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def format_results(results: dict[str, Any], use_color: bool = False) -> str:
+def format_results(results: dict[str, Any]) -> str:
     """What the console shows: the example, every table, and what can be concluded."""
     parts = [format_example(results["example"])]
-    parts += [f"{table.title}\n\n{format_table(table, use_color)}" for table in build_tables(results)]
+    parts += [f"{table.title}\n\n{format_table(table)}" for table in build_tables(results)]
     return "\n\n".join([*parts, "\n".join(results["conclusions"])])
 
 

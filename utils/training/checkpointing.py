@@ -133,7 +133,7 @@ class Checkpointer:
         if step == self.last_saved:
             return
         started = time.perf_counter()
-        interval = self.interval.save(self.accelerator)
+        interval = self.interval.save()
         self.last_step = self.last_saved = step
         self.wait()  # before there is a second copy in memory
         self.accelerator.wait_for_everyone()  # DeepSpeed's own process group waits for ten minutes only

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
@@ -60,17 +60,15 @@ class Interval:
     def clear(self):
         vars(self).update(vars(Interval()))
 
-    def gather_sums(self, accelerator: Accelerator) -> list[list[float]]:
+    def gather_sums(self) -> list[list[float]]:
         """Each process's [loss_sum, num_computed_tokens]; every process must call it."""
-        own = torch.tensor([0.0, float(self.num_computed_tokens)], device=accelerator.device)
-        own[0] = self.loss_sum
-        return accelerator.gather(own[None]).tolist()
+        return gather_object([[float(self.loss_sum), self.num_computed_tokens]])
 
     def summarize(self, accelerator: Accelerator, model: torch.nn.Module) -> dict[str, float]:
         """The train line: its loss is the mean over target tokens; every process must call it."""
         flops_per_source_token, flops_per_target_token = count_flops_per_token(model)
         flops = flops_per_source_token * self.num_source_tokens + flops_per_target_token * self.num_target_tokens
-        loss_sums, nums_computed_tokens = zip(*self.gather_sums(accelerator), strict=True)
+        loss_sums, nums_computed_tokens = zip(*self.gather_sums(), strict=True)
         return {
             "loss": sum(loss_sums) / self.num_target_tokens,
             "learning_rate": self.learning_rate,
@@ -85,10 +83,10 @@ class Interval:
             "peak_memory_mib": measure_peak_memory(accelerator),
         }
 
-    def save(self, accelerator: Accelerator) -> dict[str, Any]:
+    def save(self) -> dict[str, Any]:
         """As JSON: each process's own sums, so that a resumed run's total is rounded alike. Every process must call
         it."""
-        return vars(self) | {"loss_sum": None, "num_computed_tokens": None, "sums": self.gather_sums(accelerator)}
+        return vars(self) | {"loss_sum": None, "num_computed_tokens": None, "sums": self.gather_sums()}
 
     @classmethod
     def restore(cls, accelerator: Accelerator, saved: dict[str, Any]) -> "Interval":
@@ -98,7 +96,7 @@ class Interval:
             sums = [[sum(column) for column in zip(*sums, strict=True)]] + [[0.0, 0]] * (accelerator.num_processes - 1)
         loss_sum, num_computed_tokens = sums[accelerator.process_index]
         values = {name: value for name, value in saved.items() if name != "sums"}
-        return cls(**values | {"loss_sum": loss_sum, "num_computed_tokens": int(num_computed_tokens)})
+        return cls(**values | {"loss_sum": loss_sum, "num_computed_tokens": num_computed_tokens})
 
 
 def describe_run(
