@@ -68,6 +68,15 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+SLOW_FIXTURES = {"demo", "on_two", "open_page"}  # they start trainings or a browser
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    for item in items:
+        if SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def flan_t5(tmp_path_factory) -> Path:
     return write_flan_t5(tmp_path_factory.mktemp("flan_t5"))

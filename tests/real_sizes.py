@@ -5,7 +5,7 @@
 In bf16 on two CPU processes, with flan-t5-small's shape: two updates with a validation and a checkpoint after each,
 the export and, of LoRA, the merge; the same resumed from update 1, which must end bit-identical; and resumed from
 there under the next strategy. Then flan-t5-base's shape under DDP and ZeRO-3, and an evaluation of two models. Prints
-a table row by row, and exits with 1 if a run failed or ended elsewhere. About 35 minutes on two cores.
+a table row by row, and exits with 1 if a run failed or ended elsewhere. About 30 minutes on two cores.
 
 `distance` is how far the exported weights are from one process' (when resumed: from the uninterrupted run's), relative
 to how far training moved them; of LoRA, relative to the adapter. The row "cut otherwise" says what rounding does
