@@ -317,7 +317,7 @@ def test_four_bits(data_files, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def without_dropout(data_files, tmp_path_factory) -> tuple[list, Path]:
-    """Words of a run that the strategies share, and what it left on one process."""
+    """Words of a run that the strategies share, and the folder of what it left on one process."""
     folder = tmp_path_factory.mktemp("strategies")
     model = write_flan_t5(folder / "model", dropout_rate=0.0)
     words = [
@@ -325,18 +325,22 @@ def without_dropout(data_files, tmp_path_factory) -> tuple[list, Path]:
         "--total_train_batch_size", 8, "--per_device_train_batch_size", 2, "--max_train_steps", 4, "--mixed_precision",
         "no", "--lora_dropout", 0, "--use_rslora", "--use_dora", "--loraplus_lr_ratio", 4,
     ]  # fmt: skip
-    run = launch("one process", *words, "--output_dir", folder / "out", "--merge_into", folder / "out_merged")
-    assert run.returncode == 0, run.stderr
-    return words, folder / "out"
+    for name, script in (("out", words), ("rounded", ["tests/rounded_gradient.py", *words])):
+        run = launch("one process", *script, "--output_dir", folder / name, "--merge_into", folder / f"{name}_merged")
+        assert run.returncode == 0, run.stderr
+    return words, folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero3", "fsdp2"])
 def test_all_variants_on_two_processes(without_dropout, tmp_path, strategy):
-    words, alone = without_dropout
+    """As near to one process' run as that is to itself with gradients that are rounded once more: 4e-6 and 1e-5 were
+    measured of rounding on two kinds of CPU, and 5e-8 to 7e-7 of two processes."""
+    words, folder = without_dropout
     run = launch(strategy, *words, "--output_dir", tmp_path / "out", "--merge_into", tmp_path / "out_merged")
     assert run.returncode == 0, run.stderr
-    for weights, folder in (("adapter_model.safetensors", Path()), ("model.safetensors", Path("..") / "out_merged")):
-        ours, expected = (load_file(output_dir / folder / weights) for output_dir in (tmp_path / "out", alone))
+    for path in ("out/adapter_model.safetensors", "out_merged/model.safetensors"):
+        ours, expected = load_file(tmp_path / path), load_file(folder / path)
         assert ours.keys() == expected.keys()
-        assert relative_difference(ours, expected) < 5e-6
+        rounding = relative_difference(load_file(folder / path.replace("out", "rounded")), expected)
+        assert 0 < rounding < 1e-3 and relative_difference(ours, expected) < 4 * rounding
