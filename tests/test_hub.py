@@ -119,8 +119,6 @@ def test_default_commands(hub, tmp_path):
     evaluation = launch(folder, online, "evaluate_rouge.py")
     assert evaluation.returncode == 0, evaluation.stderr
     check_evaluation(folder / "rouge-report", evaluation.stdout)
-    quick_look = ["--max_eval_samples", "10", "--example_index", "42", "--output_dir", "quick-look"]
-    assert launch(folder, online, "evaluate_rouge.py", *quick_look).returncode == 0
     assert hub.unanswered == []
 
     # The hub is gone; what is in the cache does, and nobody waits for a network.
@@ -137,7 +135,6 @@ def test_default_commands(hub, tmp_path):
         "again",
         "flan-t5-base-dialogsum-checkpoint",
         "flan-t5-base-dialogsum-lora",
-        "quick-look",
         "rouge-report",
     ]
 

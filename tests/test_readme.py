@@ -27,7 +27,6 @@ RUN_ELSEWHERE = {
         "accelerate launch train_lora.py",
         "accelerate launch train_lora.py --resume_from_checkpoint latest",
         "accelerate launch evaluate_rouge.py",
-        "accelerate launch evaluate_rouge.py --max_eval_samples 10 --example_index 42 --output_dir quick-look",
         "HF_HUB_OFFLINE=1 accelerate launch train_lora.py",
     ],
 }
