@@ -142,7 +142,7 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
 @functools.cache
 def warm_socket() -> str:
     """Of a server that lives as long as this process."""
-    path = Path(tempfile.mkdtemp()) / "socket"
+    path = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # short: it must fit into 100 characters
     server = subprocess.Popen(
         [sys.executable, "tests/warm.py", "serve", path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},

@@ -9,6 +9,7 @@ The fork has the arguments, environment, folder and files of the process that as
 it its exit code. Not for tests of what is read at an import, of memory, or of the processes above a script.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -39,6 +40,7 @@ def ask():
 
 def serve(path: str) -> dict:
     """Fork for each that asks; returns, in the forks alone, what they are to run."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the tests, however they end
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
