@@ -80,7 +80,8 @@ def train(
     except UnwrittenLineError as error:
         checkpointer.save(num_done)
         checkpointer.stop(stop, str(error))
-    progress.close()
+    finally:
+        progress.close()
     checkpointer.finish()
     finish_trackers(accelerator)
 
