@@ -10,10 +10,10 @@ python evaluate_rouge.py --help                                       # every se
 """
 
 from utils.config import EvaluationConfig
-from utils.launch.command_line import show_help
+from utils.launch.command_line import show_help_if_asked
 
 if __name__ == "__main__":
-    show_help(EvaluationConfig, "evaluate_rouge.yaml", __doc__)  # before the imports below, which take seconds
+    show_help_if_asked(EvaluationConfig, "evaluate_rouge.yaml", __doc__)  # before the imports, which take seconds
 
 from pathlib import Path
 

@@ -8,10 +8,10 @@ python train_full.py --help                                       # every settin
 """
 
 from utils.config import TrainingConfig
-from utils.launch.command_line import show_help
+from utils.launch.command_line import show_help_if_asked
 
 if __name__ == "__main__":
-    show_help(TrainingConfig, "train_full.yaml", __doc__)  # before the imports below, which take seconds
+    show_help_if_asked(TrainingConfig, "train_full.yaml", __doc__)  # before the imports, which take seconds
 
 import torch
 

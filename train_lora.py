@@ -8,10 +8,10 @@ python train_lora.py --help                                       # every settin
 """
 
 from utils.config import LoraTrainingConfig
-from utils.launch.command_line import show_help
+from utils.launch.command_line import show_help_if_asked
 
 if __name__ == "__main__":
-    show_help(LoraTrainingConfig, "train_lora.yaml", __doc__)  # before the imports below, which take seconds
+    show_help_if_asked(LoraTrainingConfig, "train_lora.yaml", __doc__)  # before the imports, which take seconds
 
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows

@@ -141,7 +141,7 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
 
 @functools.cache
 def warm_socket() -> str:
-    """Of a server that lives as long as this process."""
+    """The socket of a warm.py server, which is started once and ends with this process."""
     path = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # short: it must fit into 100 characters
     server = subprocess.Popen(
         [sys.executable, "tests/warm.py", "serve", path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
@@ -188,7 +188,7 @@ def accelerate_launch(
     """`accelerate launch WORDS SCRIPT`.
 
     Args:
-        cold: see run_script. If not, the script does not find the launcher's words, as it is not its child.
+        cold: see run_script. Without it, the script cannot find the launcher's arguments, as it is not its child.
     """
     launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", *words)
     if not cold:

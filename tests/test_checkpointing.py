@@ -834,7 +834,7 @@ def test_a_full_disk(paths, never_stopped, small_disk, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("split", "step"), [("train", 6), ("validation", 8)])
+@pytest.mark.parametrize(("split", "step"), [("train", 6), ("validation", 8), ("validation", 0)])
 def test_a_line_that_a_full_disk_refuses_ends_the_run(paths, never_stopped, tmp_path, monkeypatch, split, step):
     """After a checkpoint, from which the line is written when the run is resumed."""
     append_line, full = tracking.append_line, True
@@ -845,7 +845,8 @@ def test_a_line_that_a_full_disk_refuses_ends_the_run(paths, never_stopped, tmp_
         append_line(path, line)
 
     monkeypatch.setattr(tracking, "append_line", refuse)
-    text = f"metrics.jsonl: No space left on device; step {step} is saved, resume with --resume_from_checkpoint"
+    then = f"step {step} is saved, resume with --resume_from_checkpoint latest" if step else "no update has been done"
+    text = f"metrics.jsonl: No space left on device; {then}$"
     with pytest.raises(UserError, match=text):
         train("full", paths, tmp_path / "out")
     full = False

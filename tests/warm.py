@@ -5,8 +5,9 @@ long as the work of most tests.
     WARM_SOCKET=SOCKET python tests/warm.py train_full.py ...
     WARM_SOCKET=SOCKET python tests/warm.py -m torch.distributed.run ... tests/warm.py train_full.py ...
 
-The fork has the arguments, environment, folder and files of the process that asked for it, gets its signals, and gives
-it its exit code. Not for tests of what is read at an import, of memory, or of the processes above a script.
+The fork takes over the caller's arguments, environment, working directory and standard streams; the caller's signals
+are passed on to it, and its exit code becomes the caller's. Do not use it to test import-time behaviour, peak memory
+beyond a process' start, or a script's parent processes.
 """
 
 import ctypes
@@ -22,8 +23,8 @@ import sys
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def ask():
-    """Have the command line run by the server's fork; returns as it returns."""
+def run_in_fork():
+    """Have the server's fork run the command line, then exit as it did."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ["WARM_SOCKET"])
     job = json.dumps({"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}).encode()
@@ -95,7 +96,7 @@ def run(argv: list[str], environment: dict[str, str], folder: str):
 
 if __name__ == "__main__":
     if sys.argv[1] != "serve":
-        ask()
+        run_in_fork()
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
     import train_lora  # noqa: F401

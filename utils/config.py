@@ -1,4 +1,4 @@
-"""Settings: one flat dataclass per script, of a part for each heading in --help. command_line.py reads them."""
+"""Settings: one flat dataclass per script, with a part for each heading of --help. command_line.py reads them."""
 
 import difflib
 import math

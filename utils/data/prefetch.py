@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,8 @@ NUM_BATCHES_AHEAD = 32
 
 @dataclass
 class Step:
-    """The data of one optimizer update. Counts are over all processes, micro_batches are this process's."""
+    """The data of one optimizer update. Counts are over all processes; micro_batches and seconds_waited are this
+    process's."""
 
     number: int  # from 1
     batch_size: int  # examples of full length that a micro-batch may hold
@@ -38,9 +39,9 @@ def load_steps(
     lengths: np.ndarray,
     config: TrainingConfig,
     batch_size: int,
-    numbers: Iterable[int],
+    numbers: Sequence[int],
 ) -> Iterator[Step]:
-    """The steps of these numbers, cut into micro-batches of `batch_size` examples of full length."""
+    """Yield the data of the given steps, cut into micro-batches of `batch_size` examples of full length."""
     total, rank, world = config.total_train_batch_size, accelerator.process_index, accelerator.num_processes
     plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, (number - 1 for number in numbers))
     batches = load_batches(accelerator, model, data, plan)

@@ -22,8 +22,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Defaults beside the settings, and the description as it is written."""
 
 
-def show_help(config_class: type, demo_file: str, description: str):
-    """Answer --help, and end. Called by a script before the imports that take seconds."""
+def show_help_if_asked(config_class: type, demo_file: str, description: str):
+    """Print the help and exit, if asked to. Scripts call it before the imports that take seconds."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         demo = (REPOSITORY / "demo" / demo_file).read_text(encoding="utf-8").partition("\n")[2]
         epilog = f"--demo takes these settings, from demo/{demo_file}:\n\n{textwrap.indent(demo, '  ')}"
@@ -34,7 +34,7 @@ def show_help(config_class: type, demo_file: str, description: str):
 
 
 def build_parser(config_class: type, **texts: str) -> HfArgumentParser:
-    """With a group for each part of the config that has a heading."""
+    """A parser for the config's settings, grouped under the headings of --help."""
     parts = [part for part in reversed(config_class.__mro__) if "_argument_group_name" in vars(part)]
     parser = HfArgumentParser(parts, formatter_class=HelpFormatter, allow_abbrev=False, **texts)
     parser.set_defaults(**vars(config_class()))

@@ -30,7 +30,7 @@ def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> 
 
 def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tensor):
     if is_deepspeed(accelerator):
-        model.backward(loss)  # accelerator.backward would take the optimizer's step too, before the loss is looked at
+        model.backward(loss)  # accelerator.backward would also step the optimizer, before the gradient is checked
     else:
         accelerator.backward(loss)
 
@@ -53,7 +53,8 @@ def update(
 ) -> float:
     """Clip, and update the weights unless the gradient is not finite; returns its norm before clipping.
 
-    It waits for the device, as nothing else in an update does: a batch of 256 is worth it, a ruined model is not.
+    Reading the norm waits for the device once per update; that is the price of never applying a gradient that is not
+    finite.
     """
     if is_deepspeed(accelerator):
         model.step()  # which clips
@@ -71,8 +72,8 @@ def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_grad_nor
     gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     pieces = gradients
     if accelerator.device.type == "cpu":
-        # A CPU adds up a tensor's squares in fp32 one after another: of 25 million, 0.14 % are lost. A GPU adds in a
-        # tree.
+        # On a CPU a tensor's squares are summed one by one in fp32, which loses 0.14 % over 25 million; a GPU sums in
+        # a tree.
         pieces = [piece for gradient in gradients for piece in gradient.flatten().split(NORM_PIECE)]
     norm = get_total_norm(pieces)
     if accelerator.distributed_type == DistributedType.FSDP:  # each process has its shards' norm

@@ -87,8 +87,8 @@ class Checkpointer:
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         batch_size: int,
     ) -> Interval:
-        """Set everything to the checkpoint's values, and metrics.jsonl too; returns the open interval. These are what
-        `save` will take."""
+        """Set everything to the checkpoint's values, and metrics.jsonl too; returns the open interval. `save` will
+        read from the same objects."""
         self.model, self.optimizer, self.lr_scheduler, self.batch_size = model, optimizer, lr_scheduler, batch_size
         self.interval = Interval.restore(self.accelerator, self.state["interval"]) if self.state else Interval()
         if self.accelerator.is_main_process:
@@ -98,7 +98,7 @@ class Checkpointer:
         if self.folder is None:
             return self.interval
         if self.accelerator.is_main_process:
-            # Which a kill may have prevented.
+            # A kill may have prevented this cleanup.
             self.remove_older(self.last_step)
             for path in find_checkpoints(self.config.output_dir, "best_step") if self.best_folder else ():
                 if path.name != self.best_folder.name:
@@ -133,7 +133,7 @@ class Checkpointer:
         if step == self.last_saved:
             return
         started = time.perf_counter()
-        interval = self.interval.save()
+        interval = self.interval.gather_state()
         self.last_step = self.last_saved = step
         self.wait()  # before there is a second copy in memory
         self.accelerator.wait_for_everyone()  # DeepSpeed's own process group waits for ten minutes only
@@ -180,6 +180,8 @@ class Checkpointer:
             logger.info("stopped after step %d; resume with --resume_from_checkpoint latest", self.last_step)
         self.accelerator.wait_for_everyone()
         finish_trackers(self.accelerator)
+        if error and self.last_step == 0:
+            raise UserError(f"{error}; no update has been done")
         if error:
             raise UserError(f"{error}; step {self.last_step} is saved, resume with --resume_from_checkpoint latest")
         sys.exit(EXIT_STOPPED)
@@ -192,7 +194,7 @@ class Checkpointer:
         del self.model, self.optimizer, self.lr_scheduler  # a merge needs their memory
 
     def load_best(self):
-        """If the best weights are lost, the last ones are better than none."""
+        """Load the best weights; if they are lost, warn and keep what there is."""
         if self.accelerator.is_main_process:
             kept = find_best(self.best_folder.parent) if self.best_folder else (None, None)
             if kept[1] != self.best:
@@ -205,7 +207,7 @@ class Checkpointer:
             logger.info("the model is that of step %d", self.best["step"] if self.best else self.last_step)
 
     def copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """On the main process copies of `tensors`, for each of which all processes may have to come together."""
+        """CPU copies of `tensors` on the main process. Every process must call it, to gather sharded ones."""
         return {
             name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors
@@ -216,7 +218,7 @@ class Checkpointer:
         return {"step": step, "run": self.run, "best": self.best, **self.describe_processes()}
 
     def describe_processes(self) -> dict[str, Any]:
-        """With others, a resumed run is the same to rounding, not to the bit."""
+        """What must stay the same for a resumed run to be bit-identical; otherwise it is the same to rounding."""
         return {
             "num_processes": self.accelerator.num_processes,
             "strategy": name_strategy(self.accelerator),
@@ -224,7 +226,7 @@ class Checkpointer:
         }
 
     def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
-        """Hand over to the thread; what becomes of it is said by `wait`."""
+        """Hand the writing to the thread; `wait` reports whether it worked."""
         path = Path(self.config.output_dir) / "metrics.jsonl"
         metrics = path.read_bytes() if path.exists() else b""
         self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
@@ -253,7 +255,7 @@ class Checkpointer:
             self.remove_older(state["step"])
 
     def remove_older(self, step: int):
-        """Keep checkpoints_total_limit with that of `step`, and any newer, of a run that was resumed before them."""
+        """Keep the newest checkpoints_total_limit up to `step`. Newer ones stay: the run resumed from before them."""
         older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < step]
         for path in older[self.config.checkpoints_total_limit - 1 :]:
             remove_checkpoint(path)

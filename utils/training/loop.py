@@ -36,7 +36,7 @@ def train(
     config: TrainingConfig,
     checkpointer: Checkpointer,
 ):
-    """Train for num_train_steps updates, writing metrics.jsonl on the way. All is counted in optimizer updates."""
+    """Train for num_train_steps updates and write metrics.jsonl along the way. All is counted in optimizer updates."""
     lengths = measure_lengths(train_data)
     num_steps = num_train_steps(config, len(lengths))
     stop = StopRequest(accelerator, config)
@@ -54,16 +54,18 @@ def train(
         return num_done % every == 0 or num_done == num_steps
 
     try:
-        checkpointer.save(num_done)  # if it lies in another folder: from now on this one must do
+        checkpointer.save(num_done)  # does nothing unless resumed from another folder
         if is_due(config.logging_steps):
-            log_interval(accelerator, model, config, num_done, interval, progress)  # if a full disk refused the line
+            log_interval(accelerator, model, config, num_done, interval, progress)  # pending if the disk was full
         if is_due(config.eval_steps):
             validate(accelerator, model, tokenizer, validation_data, config, num_done, stop, checkpointer)
         for step in load(batch_size, range(num_done + 1, num_steps + 1)):
             started = time.perf_counter()
             load_again = functools.partial(load, numbers=[step.number])
-            update = train_step(accelerator, model, optimizer, lr_scheduler, train_data, step, config, load_again)
-            interval.add(step, *update, seconds=time.perf_counter() - started)
+            loss_sum, learning_rate, grad_norm = train_step(
+                accelerator, model, optimizer, lr_scheduler, train_data, step, config, load_again
+            )
+            interval.add(step, loss_sum, learning_rate, grad_norm, seconds=time.perf_counter() - started)
             num_done = step.number
             progress.update()
             if is_due(config.logging_steps):
@@ -136,10 +138,10 @@ def keep_last_good_model(
     num_updates: int,
     what: str,
 ) -> NoReturn:
-    """Save the model of the last good update, and raise what went wrong."""
+    """Export the model of the last good update, then raise UserError."""
     folder = Path(config.output_dir) / "last_good_model"
     if num_updates > 0:
         export_model(accelerator, model, tokenizer, folder)
         what += f"; the model after {num_updates} updates is in {folder}"
-    accelerator.wait_for_everyone()  # the launcher kills the process that still writes when another one ends
+    accelerator.wait_for_everyone()  # when one process exits, the launcher kills the others
     raise UserError(what)

@@ -43,11 +43,11 @@ def train_step(
     Raises:
         FloatingPointError: before the update, on every process, if the gradient is not finite.
     """
-    # Dropout depends on seed, step and rank alone, so there is no generator's state to save.
+    # Dropout depends only on seed, step and rank, so a checkpoint need not hold a generator's state.
     seed = np.random.SeedSequence([config.seed, step.number, accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1)[0]))
     if config.per_device_train_batch_size == "auto":
-        loss_sums = compute_gradient_in_memory(accelerator, model, step, load_again)
+        loss_sums = compute_gradient_or_retry(accelerator, model, step, load_again)
     else:
         loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens)
     learning_rate = lr_scheduler.get_last_lr()[0]
@@ -90,7 +90,7 @@ def compute_gradient(
     except torch.OutOfMemoryError as out_of_memory:
         if not synchronise_after:
             raise
-        error = out_of_memory.with_traceback(None)  # which would hold on to the memory
+        error = out_of_memory.with_traceback(None)  # its traceback would keep the memory in use
     if synchronise_after:
         if accelerator.gather(torch.tensor([error is not None], device=accelerator.device)).any():
             raise error or torch.OutOfMemoryError("on another process")
@@ -129,8 +129,8 @@ def compute_target_logits(
     hook = unwrapped.get_output_embeddings().register_forward_pre_hook(select_targets)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
     if unwrapped.config._attn_implementation == "sdpa":
-        # Of shape (examples, 1, 1, source) transformers takes it as it is. Of a 2-D mask it asks the device, twice a
-        # forward pass, whether anything is padded.
+        # transformers uses a mask of shape (examples, 1, 1, source) as it is. With a 2-D mask it asks the device,
+        # twice per forward pass, whether anything is padded.
         inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
     try:
         with accelerator.autocast():  # which Accelerate puts around the forward of all models but FSDP2's
@@ -147,11 +147,11 @@ def find_bad_examples(
     return gather_object([data[int(index)]["id"] for indices in bad for index in indices])
 
 
-def compute_gradient_in_memory(
+def compute_gradient_or_retry(
     accelerator: Accelerator, model: torch.nn.Module, step: Step, load_again: Callable[[int], Iterator[Step]]
 ) -> list[torch.Tensor]:
-    """As compute_gradient. If a micro-batch does not fit, the gradient so far is thrown away and computed again from
-    smaller micro-batches, which replace the step's, on all processes alike."""
+    """As compute_gradient, but if a micro-batch does not fit into memory, start the step over with micro-batches of
+    half the size, on all processes alike. Replaces `batch_size` and `micro_batches` of `step`."""
     while True:
         try:
             return compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens, recover=True)

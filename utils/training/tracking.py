@@ -29,7 +29,7 @@ FEW_STEPS = 20
 
 
 class UnwrittenLineError(Exception):
-    """The disk took no line of metrics.jsonl; raised on every process."""
+    """A line of metrics.jsonl could not be written; raised on every process."""
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Interval:
 
     loss_sum: torch.Tensor | float = 0.0  # this process's, on the device
     num_computed_tokens: int = 0  # this process's, padding included
-    num_examples: int = 0  # of all processes, as the rest
+    num_examples: int = 0  # over all processes, as are the two token counts below
     num_source_tokens: int = 0
     num_target_tokens: int = 0
-    seconds_waited: float = 0.0  # for data
-    seconds: float = 0.0
+    seconds_waited: float = 0.0  # this process's, waiting for data
+    seconds: float = 0.0  # this process's
     learning_rate: float = 0.0  # the last update's
     grad_norm: float = 0.0  # the last update's, before clipping
 
@@ -83,14 +83,14 @@ class Interval:
             "peak_memory_mib": measure_peak_memory(accelerator),
         }
 
-    def save(self) -> dict[str, Any]:
-        """As JSON: each process's own sums, so that a resumed run's total is rounded alike. Every process must call
-        it."""
+    def gather_state(self) -> dict[str, Any]:
+        """The interval as JSON values, with each process's own sums so that a resumed run rounds alike. Every process
+        must call it."""
         return vars(self) | {"loss_sum": None, "num_computed_tokens": None, "sums": self.gather_sums()}
 
     @classmethod
     def restore(cls, accelerator: Accelerator, saved: dict[str, Any]) -> "Interval":
-        """The main process takes the totals if the number of processes has changed."""
+        """A checkpoint's interval. If the number of processes has changed, the main process takes the totals."""
         sums = saved["sums"]
         if len(sums) != accelerator.num_processes:
             sums = [[sum(column) for column in zip(*sums, strict=True)]] + [[0.0, 0]] * (accelerator.num_processes - 1)
@@ -142,7 +142,8 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
-    """Append one line to metrics.jsonl, and tell the tracker. UnwrittenLineError if the disk is full."""
+    """Append one line to metrics.jsonl, and tell the tracker. UnwrittenLineError if the line cannot
+    be written."""
     error = None
     if accelerator.is_main_process:
         path = Path(config.output_dir) / "metrics.jsonl"

@@ -63,7 +63,7 @@ def score_sample(
     data: datasets.Dataset,
     config: TrainingConfig,
 ) -> dict[str, float]:
-    """The ROUGE of metric_for_best_model, of greedy summaries of the first 64 validation rows, each row alike."""
+    """The ROUGE that metric_for_best_model names: its mean over greedy summaries of the first 64 validation rows."""
     sample = data[:64]
     settings = EvaluationConfig(
         max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.per_device_eval_batch_size
