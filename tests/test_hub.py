@@ -140,9 +140,10 @@ def test_default_commands(hub, tmp_path):
 
 
 def test_readme_for_a_machine_without_a_network(hub, tmp_path):
-    """README's lines fill a cache where there is a hub; its default command then runs where there is none."""
+    """utils/README.md's lines fill a cache where there is a hub; its default command then runs where there is none."""
     online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    lines = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("python -c")]
+    readme = (REPOSITORY / "utils" / "README.md").read_text()
+    lines = [line for line in readme.splitlines() if line.startswith("python -c")]
     assert len(lines) == 2
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     for line in lines:
