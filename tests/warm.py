@@ -6,8 +6,8 @@ long as the work of most tests.
     WARM_SOCKET=SOCKET python tests/warm.py -m torch.distributed.run ... tests/warm.py train_full.py ...
 
 The fork takes over the caller's arguments, environment, working directory and standard streams; the caller's signals
-are passed on to it, and its exit code becomes the caller's. Do not use it to test import-time behaviour, peak memory
-beyond a process' start, or a script's parent processes.
+are passed on to it, and its exit code becomes the caller's. Do not use it to test import-time behaviour, the memory of
+a whole process, or a script's parent processes.
 """
 
 import ctypes
