@@ -96,7 +96,8 @@ def build_costs(results: dict[str, Any]) -> Table:
 def build_facts(facts: dict[str, dict[str, dict[str, float]]]) -> Table:
     """Facts that each model's summaries state in the right role, beside what always giving the same answer gets."""
     rows = [
-        [name, *(f"{kind['correct']} of {kind['total']}" for kind in kinds.values())] for name, kinds in facts.items()
+        [name, *(f"{kind['correct']} of {kind['total']}" for kind in counts.values())]
+        for name, counts in facts.items()
     ]
     kinds = next(iter(facts.values()), {})
     if kinds:
