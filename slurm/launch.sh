@@ -48,9 +48,12 @@ export WORLD_SIZE=$((SLURM_NNODES * num_gpus)) LOCAL_WORLD_SIZE=$num_gpus
 hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 os.execvp("python", ["python", *sys.argv[1:]])'
 # shellcheck disable=SC2016  # each task's own variables, not the batch shell's
-srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / num_gpus)) \
-    --kill-on-bad-exit=1 --gpu-bind=none \
-    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -c "$@"' bash "$hold" "$script" "$@" &
+(
+    trap '' USR1 # of which srun would die until it takes signals itself
+    exec srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" \
+        --cpus-per-task=$((SLURM_CPUS_ON_NODE / num_gpus)) --kill-on-bad-exit=1 --gpu-bind=none \
+        bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -c "$@"' bash "$hold" "$script" "$@"
+) &
 step=$!
 interrupted=''
 pass_on() {

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # The libraries read these when they are imported: the tests leave the user's caches and the network alone.
@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only get into e
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -98,6 +99,27 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function that returns a folder by its name, filled by a function once for all of pytest's workers, whose tests
+    must only read it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make_folder_once(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = shared / "made" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not Path(f"{folder}.done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                Path(f"{folder}.done").touch()
+        return folder
+
+    return make_folder_once
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that makes a file system with room for so many KiB."""
@@ -135,17 +157,21 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
     if num_processes > 1:  # `accelerate launch --cpu --num_processes 2` runs one
         torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}")
         words = (*torchrun, *words) if cold else ("tests/warm.py", *torchrun, *words)
-    environment = {"ACCELERATE_USE_CPU": "true"} | ({} if cold else {"WARM_SOCKET": warm_socket()}) | environment
+    environment = {"ACCELERATE_USE_CPU": "true"} | ({} if cold else {"WARM_SOCKET": start_warm_server()}) | environment
     return run_command(sys.executable, *words, timeout=timeout, **environment)
 
 
 @functools.cache
-def warm_socket() -> str:
-    """The socket of a warm.py server, which is started once and ends with this process."""
+def start_warm_server(**environment: str) -> str:
+    """The socket of a warm.py server, which is started once and ends with this process.
+
+    Args:
+        environment: what the libraries read when they are imported.
+    """
     path = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # short: it must fit into 100 characters
     server = subprocess.Popen(
         [sys.executable, "tests/warm.py", "serve", path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"DS_ACCELERATOR": "cpu"} | environment,
     )  # fmt: skip
     atexit.register(shutil.rmtree, path.parent)
     atexit.register(server.kill)
@@ -192,7 +218,7 @@ def accelerate_launch(
     """
     launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", *words)
     if not cold:
-        environment |= {"WARM_SOCKET": warm_socket()}
+        environment |= {"WARM_SOCKET": start_warm_server()}
         launcher, script = ("tests/warm.py", *launcher), ("tests/warm.py", *script)
     return run_command(sys.executable, *launcher, *script, timeout=timeout, **environment)
 

@@ -25,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, make_rows, read_jsonl, relative_difference, run_script, write_flan_t5, write_rows
+from conftest import (
+    REPOSITORY,
+    make_rows,
+    read_jsonl,
+    relative_difference,
+    run_script,
+    start_warm_server,
+    write_flan_t5,
+    write_rows,
+)  # fmt: skip
 from kill_many_times import kill_many_times, read_record
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -205,8 +214,8 @@ def started(words: list, output_dir: Path):
     """A process of its own, with its first train line already written; killed if it does not end by itself."""
     with (output_dir.parent / f"{output_dir.name}.log").open("w+") as log:
         process = subprocess.Popen(
-            list(map(str, words)), cwd=REPOSITORY, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, stderr=log,
-            start_new_session=True,
+            list(map(str, words)), cwd=REPOSITORY, stderr=log, start_new_session=True,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "WARM_SOCKET": start_warm_server()},
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 120
@@ -244,7 +253,8 @@ def long_never_stopped(paths, tmp_path_factory) -> dict[str, Path]:
 )
 def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number):
     output_dir = tmp_path / "out"
-    words = [sys.executable, f"train_{kind}.py", *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
+    script = ["tests/warm.py"] * (number != signal.SIGUSR1) + [f"train_{kind}.py"]
+    words = [sys.executable, *script, *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
     with started(words, output_dir) as process:
         process.send_signal(number)
         assert process.wait(60) == EXIT_STOPPED
@@ -744,7 +754,7 @@ def test_the_best_needs_a_validation_set(paths, tmp_path):
 
 def test_the_best_is_no_checkpoint(paths, copy_of_stopped):
     best = find_checkpoints(copy_of_stopped, "best_step")[0]
-    with pytest.raises(UserError, match="its name is not that of a checkpoint"):
+    with pytest.raises(UserError, match="not the name of a checkpoint"):
         train("full", paths, copy_of_stopped, resume_from_checkpoint=str(best))
 
 
@@ -982,7 +992,7 @@ def test_a_mistake_in_the_writer_is_seen(paths, tmp_path, monkeypatch, error):
 
 
 def test_nothing_loaded_can_run_code():
-    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("utils/*.py")]:
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("utils/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
             words = {getattr(node, "attr", ""), getattr(node, "module", ""), *names}

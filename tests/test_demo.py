@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, read_jsonl, run_script
@@ -17,16 +18,18 @@ KINDS = ("who", "item", "time", "place")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(make_once):
     """The folder in which the three commands were run."""
-    folder = tmp_path_factory.mktemp("demo")
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    for script, seconds in (("train_lora", 240), ("train_full", 360), ("evaluate_rouge", 120)):
-        command = ["accelerate", "launch", REPOSITORY / f"{script}.py", "--demo"]
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
-        assert run.returncode == 0, run.stderr
-    (folder / "printed.txt").write_text(run.stdout)
-    return folder
+
+    def fill(folder: Path):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        for script, seconds in (("train_lora", 240), ("train_full", 360), ("evaluate_rouge", 120)):
+            command = ["accelerate", "launch", REPOSITORY / f"{script}.py", "--demo"]
+            run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+            assert run.returncode == 0, run.stderr
+        (folder / "printed.txt").write_text(run.stdout)
+
+    return make_once("demo", fill)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +56,13 @@ def test_facts_are_right(results, name, share):
 
 
 @pytest.mark.slow
-def test_sample_is_wrong_before_and_right_after(demo):
+def test_sample_is_wrong_before_and_right_after(demo, tmp_path):
     """The dialogue that README shows, from the validation split."""
     index = EXAMPLE
     row = read_jsonl(REPOSITORY / "demo" / "validation.jsonl")[index]
     command = [
         "accelerate", "launch", REPOSITORY / "evaluate_rouge.py", "--demo", "--split", "validation",
-        "--example_index", str(index), "--max_eval_samples", "10", "--output_dir", "sample",
+        "--example_index", str(index), "--max_eval_samples", "10", "--output_dir", tmp_path,
     ]  # fmt: skip
     run = subprocess.run(command, cwd=demo, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

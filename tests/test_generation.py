@@ -275,7 +275,7 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length_penalty": 2.0}, "--length_penalty must be left at 1 without --num_beams above 1"),
+        ({"length_penalty": 2.0}, "--length_penalty 2.0 needs --num_beams above 1"),
         ({"length_penalty": float("nan"), "num_beams": 2}, "--length_penalty must be between -100 and 100"),
     ],
 )

@@ -322,7 +322,7 @@ def without_dropout(data_files, tmp_path_factory) -> tuple[list, Path]:
     model = write_flan_t5(folder / "model", dropout_rate=0.0)
     words = [
         "train_lora.py", "--model_name_or_path", model, "--train_file", data_files["train"], "--learning_rate", 1e-3,
-        "--total_train_batch_size", 8, "--per_device_train_batch_size", 2, "--max_train_steps", 4, "--mixed_precision",
+        "--total_train_batch_size", 8, "--per_device_train_batch_size", 2, "--max_train_steps", 2, "--mixed_precision",
         "no", "--lora_dropout", 0, "--use_rslora", "--use_dora", "--loraplus_lr_ratio", 4,
     ]  # fmt: skip
     for name, script in (("out", words), ("rounded", ["tests/rounded_gradient.py", *words])):

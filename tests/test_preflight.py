@@ -10,7 +10,7 @@ from pathlib import Path
 import hub_standin
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import launch, make_rows, read_jsonl, run_script, write_flan_t5, write_rows
+from conftest import launch, make_rows, read_jsonl, run_script, start_warm_server, write_flan_t5, write_rows
 from helpers import write_bart
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
@@ -213,11 +213,12 @@ def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path, mon
     command = words("full", "org/model", data_files, tmp_path / "out", "--preflight")
     with hub_standin.serve(root) as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-        here = run_script(*command, cold=True, **environment)
+        warm = environment | {"WARM_SOCKET": start_warm_server(**environment)}
+        here = run_script(*command, **warm)
         other = [word if word != "org/model" else "org/other" for word in command]
-        missing = run_script(*other, cold=True, **environment)
+        missing = run_script(*other, **warm)
         (root / "models" / "org" / "model" / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-        without_safetensors = run_script(*command, cold=True, **environment)
+        without_safetensors = run_script(*command, **warm)
     assert here.returncode == 0, here.stderr
     assert "model       org/model, t5, to be downloaded from the hub\n" in here.stdout
     # The head is its own, whatever transformers makes of config.json.
@@ -232,10 +233,10 @@ def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
-    """A model of 41 million parameters, of which 25 are embedding and head as in Flan-T5, and rows of equal length."""
+    """A model of 19 million parameters, of which 16 are embedding and head as in Flan-T5, and rows of equal length."""
     folder = tmp_path_factory.mktemp("large")
     model = write_flan_t5(
-        folder / "model", vocab_size=32128, d_model=384, d_kv=64, num_heads=6, d_ff=1024, num_layers=4
+        folder / "model", vocab_size=32128, d_model=256, d_kv=64, num_heads=4, d_ff=768, num_layers=3
     )
     rows = [
         {"id": str(number), "dialogue": f"{number % 10} " + "you can lend " * 40, "summary": "I can meet you " * 6}
@@ -256,7 +257,7 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
         ("full", "no", "fsdp2", 4),
         # Where the activations are most of it, and where what comes after the training is.
         ("lora", "no", "one process", 16),
-        ("lora", "bf16", "one process", 8),
+        ("lora", "bf16", "one process", 4),
         ("lora", "bf16", "one process", 1),
         ("merge", "bf16", "one process", 1),
         ("merge", "bf16", "ddp", 1),

@@ -7,13 +7,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl, relative_difference, run_script, write_flan_t5
+from conftest import REPOSITORY, read_jsonl, relative_difference, run_script, start_warm_server, write_flan_t5
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -53,6 +54,19 @@ class Cluster:
         self.start_environment = os.environ | knobs
         name, _, value = shlex.split(self.start())[1].partition("=")
         self.environment = os.environ | {name: value, "DS_ACCELERATOR": "cpu"}
+        python = folder / "bin" / "python"  # the first in PATH: scripts start warm, all else as it is
+        python.parent.mkdir()
+        python.write_text(
+            f'''#!/usr/bin/env bash
+if [[ $1 == *.py && ${{WARM_SOCKET-}} ]]; then
+  export MASTER_ADDR=127.0.0.1  # the nodes' names are known to their own processes alone
+  set -- "{REPOSITORY}/tests/warm.py" "$@"
+fi
+exec "{sys.executable}" "$@"
+'''
+        )
+        python.chmod(0o755)
+        self.environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
 
     def start(self) -> str:
         """Start what is not running."""
@@ -64,13 +78,17 @@ class Cluster:
     def stop(self):
         subprocess.run([REPOSITORY / "tests" / "slurm" / "stop-local-slurm.sh", self.folder], check=True, timeout=120)
 
-    def call(self, *words: str) -> str:
+    def call(self, *words: str, **environment: str) -> str:
         return subprocess.run(
-            words, cwd=REPOSITORY, env=self.environment, check=True, capture_output=True, text=True, timeout=60
-        ).stdout.strip()
+            words, cwd=REPOSITORY, env=self.environment | environment, check=True, capture_output=True, text=True,
+            timeout=60,
+        ).stdout.strip()  # fmt: skip
 
-    def submit(self, log: Path, *words: str | Path) -> str:
-        return self.call("sbatch", "--parsable", "--time=10", "--cpus-per-gpu=1", f"--output={log}", *map(str, words))
+    def submit(self, log: Path, *words: str | Path, cold: bool = False) -> str:
+        """A job's number. `cold` as for run_script: where its processes are looked for, or signaled before they have
+        begun."""
+        words = ("sbatch", "--parsable", "--time=10", "--cpus-per-gpu=1", f"--output={log}", *map(str, words))
+        return self.call(*words, **({} if cold else {"WARM_SOCKET": start_warm_server()}))
 
     def show(self, job: str) -> dict[str, str]:
         fields = self.call("scontrol", "--oneliner", "show", "job", job).split()
@@ -214,18 +232,21 @@ def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_pa
 @pytest.mark.parametrize("word", ["utils.launch.launcher", "train_lora.py"])
 def test_signaled_before_it_has_begun(cluster, no_dropout, tmp_path, word):
     """While the config file is read, or the script is being started: it is queued again, and resumes."""
-    log, num_steps = tmp_path / "log", 300  # trained for longer than the five seconds that launch.sh may wait
+    log = tmp_path / "log"
     words = (*no_dropout[0], "--output_dir", tmp_path / "out", "--config_file=accelerate_configs/multi_gpu.yaml")
-    words += ("--max_train_steps", num_steps)
-    job = cluster.submit(log, "slurm/train_lora.sbatch", *words)
+    words += ENDLESS
+    job = cluster.submit(log, "slurm/train_lora.sbatch", *words, cold=True)
     cluster.wait_for(job, "SLURM_PROCID=0", word)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: cluster.show(job)["Restarts"] == "1", 60, log.read_text)
     if word == "utils.launch.launcher":  # launch.sh waits until its processes are there, which hold the signal back
         assert "; resume with --resume_from_checkpoint latest" in log.read_text()
-    fields = cluster.finish(job, 120)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
-    assert read_steps(tmp_path / "out") == list(range(1, num_steps + 1))
+    wait_for_step(len(read_steps(tmp_path / "out")) + 5, tmp_path / "out", log)
+    cluster.call("scancel", job)
+    fields = cluster.finish(job, 30)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "1"), log.read_text()
+    steps = read_steps(tmp_path / "out")
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_config_file_that_is_not_there(cluster, tmp_path):
@@ -286,7 +307,8 @@ def test_a_stop_file_ends_the_job(cluster, settings, tmp_path):
 
 
 def test_a_killed_rank_ends_the_job(cluster, settings, tmp_path):
-    job = cluster.submit(tmp_path / "log", *TWO_NODES, "slurm/train_lora.sbatch", *settings, *ENDLESS)
+    words = (*TWO_NODES, "slurm/train_lora.sbatch", *settings, *ENDLESS)
+    job = cluster.submit(tmp_path / "log", *words, cold=True)
     wait_for_step(1, tmp_path / "out", tmp_path / "log")
     # Frozen in the middle of a step, the other one can't notice by itself that its peer is gone.
     os.kill(cluster.find_process(job, 0), signal.SIGSTOP)
@@ -298,7 +320,7 @@ def test_a_killed_rank_ends_the_job(cluster, settings, tmp_path):
 def test_a_lost_node(cluster, settings, never_stopped, tmp_path):
     """Its daemon is killed and its process answers no more: Slurm notices, requeues the job, and it resumes."""
     log = tmp_path / "log"
-    job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *settings)
+    job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *settings, cold=True)
     wait_for_step(15, tmp_path / "out", log)
     frozen = cluster.find_process(job, 1)
     os.kill(frozen, signal.SIGSTOP)

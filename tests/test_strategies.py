@@ -38,14 +38,15 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
+def inputs(make_once) -> dict[str, Path]:
+    def fill(folder: Path):
         # Of an odd width: two processes have shares of unequal size.
-        "model": write_flan_t5(folder / "model", dropout_rate=0.0, d_model=33),
-        "train": write_rows(folder / "train.jsonl", make_rows(48)),
-        "validation": write_rows(folder / "validation.jsonl", make_rows(7, seed=1)),
-    }
+        write_flan_t5(folder / "model", dropout_rate=0.0, d_model=33)
+        write_rows(folder / "train.jsonl", make_rows(48))
+        write_rows(folder / "validation.jsonl", make_rows(7, seed=1))
+
+    folder = make_once("strategy_inputs", fill)
+    return {"model": folder / "model", "train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
 
 
 def words(kind: str, inputs: dict[str, Path], output_dir: Path, *more: str) -> list:
@@ -94,17 +95,15 @@ def reference(inputs) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs, tmp_path_factory):
-    """A function that returns the output folder of a finished run, once for each strategy and kind."""
-    done = {}
+def runs(inputs, make_once):
+    """A function that returns the output folder of a finished run, once for each strategy, kind and precision."""
 
-    def run(strategy: str, kind: str) -> Path:
-        if (strategy, kind) not in done:
-            output_dir = tmp_path_factory.mktemp("run") / "out"
-            finished = launch(strategy, *words(kind, inputs, output_dir))
+    def run(strategy: str, kind: str, precision: str = "no") -> Path:
+        def fill(folder: Path):
+            finished = launch(strategy, *words(kind, inputs, folder / "out", "--mixed_precision", precision))
             assert finished.returncode == 0, finished.stderr
-            done[strategy, kind] = output_dir
-        return done[strategy, kind]
+
+        return make_once(f"{strategy.replace(' ', '_')}_{kind}_{precision}", fill) / "out"
 
     return run
 
@@ -204,42 +203,27 @@ def test_resumes_under_another_strategy(inputs, runs, tmp_path, first, second, k
     assert relative_difference(ours, expected) < 5e-6
 
 
-def test_lora_in_bf16_resumes_under_another_strategy(inputs, tmp_path):
-    """The frozen weights are the same bf16 ones under each, so that the run is the same: its first loss, before any
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_lora_in_bf16_resumes_under_another_strategy(inputs, runs, tmp_path, strategy):
+    """The frozen weights are the same bf16 ones under each, so that the run is the same: its next loss, before any
     update, but for the order of a sum, and its end to bf16's rounding, far less than fp32 weights would change it."""
-    in_bf16 = ("--mixed_precision", "bf16")
-    first = {}
-    for precision in ("no", "bf16"):
-        output_dir = tmp_path / precision
-        run = launch("one process", *words("lora", inputs, output_dir, "--mixed_precision", precision))
-        assert run.returncode == 0, run.stderr
-        first[precision] = read_losses(output_dir)[0][0]
-    # One after the other from the checkpoint of update 2, and each from the start.
-    finished, adapters = tmp_path / "bf16", {}
-    for strategy in ("deepspeed_zero2", "deepspeed_zero3", "fsdp2", "one process"):
-        resumed = keep_checkpoint(finished, tmp_path / f"resumed {strategy}")
-        run = launch(strategy, *words("lora", inputs, resumed, *in_bf16, "--resume_from_checkpoint", "latest"))
-        assert run.returncode == 0, run.stderr
-        assert "the same training to rounding, not to the bit" in run.stderr
-        adapters[f"resumed {strategy}"] = load_file(resumed / WEIGHTS["lora"])
-        if strategy != "one process":
-            finished = tmp_path / strategy
-            run = launch(strategy, *words("lora", inputs, finished, *in_bf16))
-            assert run.returncode == 0, run.stderr
-            adapters[strategy] = load_file(finished / WEIGHTS["lora"])
-            assert read_losses(finished)[0][0] == pytest.approx(first["bf16"], rel=2e-6)
-    assert abs(first["no"] / first["bf16"] - 1) > 1e-5, "the test would not see fp32 weights"
-    expected, in_fp32 = (load_file(tmp_path / name / WEIGHTS["lora"]) for name in ("bf16", "no"))
-    rounding = relative_difference(in_fp32, expected)
-    for name, adapter in adapters.items():
-        assert relative_difference(adapter, expected) < rounding, name
+    finished, in_fp32 = runs("one process", "lora", "bf16"), runs("one process", "lora")
+    resumed = keep_checkpoint(finished, tmp_path / "out")
+    more = ("--mixed_precision", "bf16", "--resume_from_checkpoint", "latest")
+    run = launch(strategy, *words("lora", inputs, resumed, *more))
+    assert run.returncode == 0, run.stderr
+    assert "the same training to rounding, not to the bit" in run.stderr
+    third = [read_losses(folder)[0][2] for folder in (resumed, finished, in_fp32)]
+    assert third[0] == pytest.approx(third[1], rel=2e-6)
+    assert abs(third[2] / third[1] - 1) > 1e-5, "the test would not see fp32 weights"
+    ours, expected, others = (load_file(folder / WEIGHTS["lora"]) for folder in (resumed, finished, in_fp32))
+    assert relative_difference(ours, expected) < relative_difference(others, expected)
 
 
 def test_zero3_loads_in_parts(tmp_path, monkeypatch):
     """Process 1 never holds the whole model, as it does under DDP; the head, which T5 under ZeRO-3 would lose to the
     embedding, is the checkpoint's."""
-    model = write_flan_t5(tmp_path / "large", d_model=512, d_kv=64, num_heads=8, d_ff=1024, num_layers=12)
-    write_flan_t5(tmp_path / "large-tiny")
+    model = write_flan_t5(tmp_path / "large", d_model=512, d_kv=64, num_heads=8, d_ff=1024, num_layers=8)
     weights = load_file(model / "model.safetensors")
     num_parameters = sum(tensor.numel() for tensor in weights.values())
     whole_mib = 4 * num_parameters / 2**20
@@ -259,7 +243,8 @@ def test_zero3_loads_in_parts(tmp_path, monkeypatch):
     assert took["deepspeed_zero3", 1] < 0.6 * whole_mib  # 0.54: a half, and the largest tensor while it is shared out
 
 
-def test_bf16_is_autocast_over_fp32_weights(inputs, runs, tmp_path):
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_bf16_is_autocast_over_fp32_weights(inputs, runs, strategy):
     """As on one process: fp32 is exported, nearer to a one-process bf16 run than that is to an fp32 one."""
     before = load_file(inputs["model"] / "model.safetensors")
 
@@ -268,14 +253,9 @@ def test_bf16_is_autocast_over_fp32_weights(inputs, runs, tmp_path):
         assert {tensor.dtype for tensor in after.values()} == {torch.float32}
         return {name: after[name] - before[name] for name in before}
 
-    strategies = ("one process", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
-    for strategy in strategies:
-        run = launch(strategy, *words("full", inputs, tmp_path / strategy, "--mixed_precision", "bf16"))
-        assert run.returncode == 0, run.stderr
-    expected = move(tmp_path / "one process")
+    expected = move(runs("one process", "full", "bf16"))
     rounding = relative_difference(expected, move(runs("one process", "full")))
-    for strategy in strategies[1:]:
-        assert relative_difference(move(tmp_path / strategy), expected) < 0.5 * rounding, strategy
+    assert relative_difference(move(runs(strategy, "full", "bf16")), expected) < 0.5 * rounding
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])

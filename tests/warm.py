@@ -12,6 +12,7 @@ a whole process, or a script's parent processes.
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -20,6 +21,10 @@ import signal
 import socket
 import sys
 
+IMPORTED = (
+    "train_full", "train_lora", "evaluate_rouge", "torch.distributed.run", "accelerate.commands.accelerate_cli",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports late, and torch._inductor with it
+)  # fmt: skip
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -32,6 +37,7 @@ def run_in_fork():
     connection.sendall(job)
     for number in FORWARDED:
         signal.signal(number, lambda number, frame: connection.send(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # slurm/launch.sh holds one back
     code = int(connection.recv(16) or 1)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
@@ -98,8 +104,7 @@ if __name__ == "__main__":
     if sys.argv[1] != "serve":
         run_in_fork()
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-    import train_lora  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     del sys.path[0]
     run(**serve(sys.argv[2]))

@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,22 @@ def size_or_auto(text: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class Config:
+    """What all configs check: a number is positive, unless it is the default, or of a setting that has limits of its
+    own below."""
+
+    _HAS_LIMITS = ("seed", "weight_decay", "warmup_ratio", "lora_dropout", "example_index", "length_penalty")
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and value != item.default
+            if is_number and item.name not in self._HAS_LIMITS and not 0 < value < math.inf:  # not < refuses nan too
+                raise UserError(f"--{item.name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
     _argument_group_name = "data"  # the heading of these settings in --help
 
     dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
@@ -42,14 +57,13 @@ class DataConfig:
     max_eval_samples: int | None = setting(None, "validate on, or score, the first N rows only")
 
     def __post_init__(self):
-        for name in ("max_source_length", "max_eval_samples"):
-            require_positive(self, name)
+        super().__post_init__()
         if self.dialogue_column == self.summary_column:
             raise UserError(f"--dialogue_column and --summary_column are both {self.summary_column!r}")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Config):
     _argument_group_name = "run"
 
     output_dir: str = setting("./output", "folder for all that the run leaves")
@@ -63,13 +77,12 @@ class RunConfig:
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "per_device_eval_batch_size")
         if not 0 <= self.seed < 2**63:  # what torch takes
             raise UserError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
 
 
 @dataclass(frozen=True)
-class OptimizationConfig:
+class OptimizationConfig(Config):
     _argument_group_name = "model and optimization"
 
     model_name_or_path: str = setting("google/flan-t5-base", "encoder-decoder model: hub name or folder")
@@ -93,11 +106,6 @@ class OptimizationConfig:
 
     def __post_init__(self):
         super().__post_init__()
-        if self.per_device_train_batch_size != "auto":
-            require_positive(self, "per_device_train_batch_size")
-        for name in ("max_target_length", "total_train_batch_size", "num_train_epochs", "max_train_steps",
-                     "learning_rate", "max_grad_norm", "max_train_samples"):  # fmt: skip
-            require_positive(self, name)
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio <= 1:
@@ -111,7 +119,7 @@ class OptimizationConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Config):
     _argument_group_name = "records and checkpoints"
 
     logging_steps: int = setting(10, "optimizer updates between two train lines in metrics.jsonl")
@@ -131,8 +139,6 @@ class CheckpointConfig:
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit"):
-            require_positive(self, name)
         if self.max_time is not None and parse_duration(self.max_time) == 0:
             raise UserError("--max_time must be longer than no time")
         if self.resume_from_checkpoint == "":
@@ -149,7 +155,7 @@ class TrainingConfig(CheckpointConfig, OptimizationConfig, RunConfig, DataConfig
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Config):
     _argument_group_name = "LoRA"
 
     lora_r: int = setting(32, "rank of the adapter's matrices")
@@ -166,8 +172,6 @@ class AdapterConfig:
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lora_r", "lora_alpha"):
-            require_positive(self, name)
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
         if self.loraplus_lr_ratio is not None and not 1 <= self.loraplus_lr_ratio < math.inf:
@@ -187,17 +191,14 @@ class LoraTrainingConfig(AdapterConfig, TrainingConfig):
 
 
 @dataclass(frozen=True)
-class ScoringConfig:
+class ScoringConfig(Config):
     _argument_group_name = "models, generation and scoring"
 
     models: list[str] = setting(
-        [
-            "original=google/flan-t5-base",
-            "full=./flan-t5-base-dialogsum-checkpoint",
-            "lora=./flan-t5-base-dialogsum-lora",
-        ],
+        ["original=google/flan-t5-base", "full=./flan-t5-base-dialogsum-checkpoint",
+         "lora=./flan-t5-base-dialogsum-lora"],
         "NAME=PATH_OR_HUB_ID of each model; a LoRA folder brings its base along",
-    )
+    )  # fmt: skip
     predictions_file: list[str] = field(
         default_factory=list,
         metadata={"help": "FILE or NAME=FILE, also several: score the texts in these instead", "action": "extend"},
@@ -213,16 +214,12 @@ class ScoringConfig:
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_new_tokens", "num_beams"):
-            require_positive(self, name)
         if self.example_index < 0:
             raise UserError(f"--example_index must not be negative, got {self.example_index}")
         if not -100 <= self.length_penalty <= 100:
             raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
         if self.length_penalty != 1 and self.num_beams == 1:
-            raise UserError(
-                f"--length_penalty must be left at 1 without --num_beams above 1, got {self.length_penalty}"
-            )
+            raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
         if self.max_new_tokens > 100_000:
             raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
         names = [model.partition("=")[0] for model in self.models]
@@ -239,12 +236,6 @@ class EvaluationConfig(ScoringConfig, RunConfig, DataConfig):
     output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
 
 
-def require_positive(config: Any, name: str):
-    value = getattr(config, name)
-    if value is not None and not 0 < value < math.inf:  # `not <` also refuses nan
-        raise UserError(f"--{name} must be positive, got {value}")
-
-
 def parse_duration(text: str) -> int:
     """Seconds of HH:MM:SS."""
     if not re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", text):
@@ -258,9 +249,7 @@ def check_model_name(name: str, setting: str, demo: bool):
     if name in ("dialogue", "human summary") or " ".join(name.split()) != name:
         raise UserError(f"--{setting}: {name!r} cannot be a model's name: take a word of letters and digits")
     if "_vs_" in name:
-        raise UserError(
-            f"--{setting}: a model's name cannot hold '_vs_', as {name!r} does: it stands between two names"
-        )
+        raise UserError(f"--{setting}: {name!r} holds '_vs_', which stands between two names: take another name")
     if demo and name == "random":
         raise UserError(f"--{setting}: with --demo, 'random' is the name of the random training summaries")
 

@@ -198,10 +198,9 @@ def collate(examples: dict[str, list], pad_token_id: int) -> dict[str, torch.Ten
     return {
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence(attention_mask, batch_first=True),
-        "labels": padded_labels,
-        "target_positions": target_positions,
+        "labels": padded_labels, "target_positions": target_positions,
         "targets": padded_labels.flatten()[target_positions],
-    }
+    }  # fmt: skip
 
 
 def deal(items: list, costs: list[float], rank: int, world: int) -> list:

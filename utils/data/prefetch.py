@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from utils.config import TrainingConfig
 from utils.data.batching import collate, gradient_accumulation_steps, plan_steps, select_examples
@@ -76,6 +77,13 @@ def load_batches(
         while (made := ahead.popleft().result()) is not None:
             ahead.append(thread.submit(make_batch))
             indices, batch = made
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
-            yield batch | {"indices": indices}
+            yield move_batch(batch, model, accelerator.device) | {"indices": indices}
+
+
+def move_batch(
+    batch: dict[str, torch.Tensor], model: PreTrainedModel, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A collated batch as the model takes it, on the device."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+    return batch

@@ -32,15 +32,10 @@ def decode_batch(
     encoded = encode(model, prompts)
     if config.num_beams > 1:
         decoded = model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-            attention_mask=mask,
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            num_beams=config.num_beams,
-            length_penalty=config.length_penalty,
-            use_cache=True,
-            custom_generate=search_beams,
-        )
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask,
+            max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=config.num_beams,
+            length_penalty=config.length_penalty, use_cache=True, custom_generate=search_beams,
+        )  # fmt: skip
     else:
         decoded = decode_in_rounds(model, encoded, mask, config.max_new_tokens)
     return [(ids, is_truncated(model, ids, config.max_new_tokens)) for ids in decoded]
@@ -77,18 +72,11 @@ def decode_in_rounds(
     cache, running, decoded = None, list(range(len(encoded))), [None] * len(encoded)
     while running:
         output = model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-            attention_mask=mask,
-            decoder_input_ids=ids,
-            decoder_attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens + 1 - ids.shape[1],
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            return_dict_in_generate=True,
-            stopping_criteria=[enough_ended],
-        )
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask,
+            decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
+            max_new_tokens=max_new_tokens + 1 - ids.shape[1], stopping_criteria=[enough_ended],
+            do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True,
+        )  # fmt: skip
         ids, cache = output.sequences, output.past_key_values
         ended = has_ended(model, ids) | (ids.shape[1] > max_new_tokens)
         for row in ended.nonzero().flatten().tolist():

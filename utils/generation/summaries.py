@@ -39,16 +39,9 @@ def summarize_with_models(
     kept = read_batches(accelerator, Path(config.output_dir))
     summaries = {}
     for name, path in models.items():
-        # Not bound to a name here, so that it is gone before the next one is loaded.
-        summaries[name] = generate_summaries(
-            accelerator,
-            load_model(path, config.attn_implementation, torch.float32, f"models {name}"),
-            tokenizers[name],
-            texts,
-            config,
-            name,
-            kept,
-        )
+        model = load_model(path, config.attn_implementation, torch.float32, f"models {name}")
+        summaries[name] = generate_summaries(accelerator, model, tokenizers[name], texts, config, name, kept)
+        del model  # before the next one is loaded
     return summaries
 
 
@@ -70,15 +63,10 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
-    origin = hash_value(
-        [
-            hash_model(model),
-            describe_tokenizer(tokenizer),
-            {setting: getattr(config, setting) for setting in DECODING_SETTINGS},
-            [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")],
-            accelerator.device.type,
-        ]
-    )
+    settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}
+    versions = [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")]
+    of_model = [hash_model(model), describe_tokenizer(tokenizer)]
+    origin = hash_value([*of_model, settings, versions, accelerator.device.type])
     decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
     return dict(zip(distinct, summaries, strict=True))

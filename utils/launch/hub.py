@@ -1,6 +1,7 @@
 """What to tell the user when the Hugging Face hub does not give what a script asks for."""
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,7 @@ def _explain(error: Exception, name: str, kind: str) -> str:
     download = f"load it once where there is a network: python -c \"n='{name}'; {load}\""
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids to ask the hub; {download}"
-    causes = []
-    cause = error
-    while cause is not None:
-        causes.append(f"{type(cause).__name__} {cause}")
-        cause = cause.__cause__ or cause.__context__
-    everything = " ".join(causes)
+    everything = "".join(traceback.format_exception(error, limit=0))  # with its causes, without lines of code
     if isinstance(error, datasets.exceptions.DatasetNotFoundError) or "RepositoryNotFoundError" in everything:
         return f"no such {kind} at {constants.ENDPOINT}, or a private one (hf auth login); a folder must exist"
     if "Connect" in everything or "Timeout" in everything:

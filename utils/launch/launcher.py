@@ -18,11 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import (
-    prepare_deepspeed_cmd_env,
-    prepare_multi_gpu_env,
-    prepare_simple_launcher_cmd_env,
-)
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from utils.config import FP16_REFUSAL, TrainingConfig, UserError
 
@@ -108,28 +104,21 @@ def check_training_settings(launch: Namespace | None, config: TrainingConfig):
         value = os.environ.get(f"ACCELERATE_{name.upper()}", getattr(launch, name, None))
         return "" if value is None else str(value).lower()
 
-    precision = find("mixed_precision")
-    if precision == "fp16":
+    if find("mixed_precision") == "fp16":
         raise UserError(f"the launcher's mixed_precision is fp16: {FP16_REFUSAL}")
-    if precision not in ("", "no", config.mixed_precision):
-        raise UserError(f"the launcher's mixed_precision is {precision}; remove it: precision is --mixed_precision")
-    steps = find("gradient_accumulation_steps")
-    if steps not in ("", "1"):
-        raise UserError(
-            f"the launcher sets gradient_accumulation_steps to {steps}; remove it: it follows from "
-            "--total_train_batch_size, --per_device_train_batch_size and the number of processes"
-        )
-    clipping = find("gradient_clipping")
-    if clipping not in ("", "auto") and not is_number(clipping, config.max_grad_norm):
-        raise UserError(f"the launcher sets gradient_clipping to {clipping}; remove it: it is --max_grad_norm")
-    if find("dynamo_backend") not in ("", "no"):
-        raise UserError(
-            f"the launcher's dynamo_backend is {find('dynamo_backend')}; remove it: micro-batches are of many shapes, "
-            "and torch.compile would compile for each"
-        )
-    for name in ("use_megatron_lm", "use_parallelism_config"):
-        if find(name) == "true":
-            raise UserError(f"the launcher sets {name}; remove it: DDP, DeepSpeed and FSDP2 are supported")
+    clipping_is_ours = is_number(find("gradient_clipping"), config.max_grad_norm)
+    from_sizes = "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
+    shapes = "micro-batches are of many shapes, and torch.compile would compile for each"
+    for name, allowed, why in (
+        ("mixed_precision", ("", "no", config.mixed_precision), "precision is --mixed_precision"),
+        ("gradient_accumulation_steps", ("", "1"), from_sizes),
+        ("gradient_clipping", ("", "auto", find("gradient_clipping") * clipping_is_ours), "it is --max_grad_norm"),
+        ("dynamo_backend", ("", "no"), shapes),
+        ("use_megatron_lm", ("", "false"), "DDP, DeepSpeed and FSDP2 are supported"),
+        ("use_parallelism_config", ("", "false"), "DDP, DeepSpeed and FSDP2 are supported"),
+    ):
+        if find(name) not in allowed:
+            raise UserError(f"the launcher sets {name} to {find(name)}; remove it: {why}")
     for name, instead in (
         ("activation_checkpointing", "it is --gradient_checkpointing"),
         ("offload_params", "accelerate_configs/deepspeed_zero3_offload.yaml does that"),

@@ -104,8 +104,5 @@ def describe_software() -> dict[str, Any]:
         words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]  # HASH, or HASH-dirty
         git = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         commit = git.stdout.strip() if git.returncode == 0 else None
-    return {
-        "library_versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "python_version": platform.python_version(),
-        "git_commit": commit,
-    }
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"library_versions": versions, "python_version": platform.python_version(), "git_commit": commit}

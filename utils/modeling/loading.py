@@ -32,9 +32,8 @@ TOKENIZER_FILES = ("tokenizer*", "spiece.model")
 
 def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> PreTrainedTokenizerBase:
     check_folder(name_or_path, setting)
-    if Path(name_or_path).is_dir() and not any(
-        path for pattern in TOKENIZER_FILES for path in Path(name_or_path).glob(pattern)
-    ):
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         raise UserError(f"--{setting} {name_or_path}: no tokenizer in this folder")  # transformers would invent one
     with explain_hub_errors(setting, name_or_path, "model"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
@@ -75,13 +74,9 @@ def load_model(
         load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
         with zero3_loads_in(dtype):
             model, report = load(
-                name_or_path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                quantization_config=quantization_config,
-            )
+                name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation,
+                output_loading_info=True, quantization_config=quantization_config,
+            )  # fmt: skip
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
@@ -161,11 +156,8 @@ def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
 def check_head(model: PreTrainedModel | PeftModel):
     """RuntimeError if a wrapper or a checkpoint has tied a head that has its own weights to the embedding."""
     head = model.get_output_embeddings()
-    if (
-        not model.config.tie_word_embeddings
-        and head is not None
-        and head.weight is model.get_input_embeddings().weight
-    ):
+    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if is_tied and not model.config.tie_word_embeddings:
         raise RuntimeError("lm_head has been tied to the embedding, and its own weights are lost")
 
 
@@ -189,7 +181,7 @@ def logical_shape(parameter: torch.Tensor) -> torch.Size:
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, a shared one counted once."""
     sizes = [(logical_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 
 
 def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]:

@@ -62,14 +62,10 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
         if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT asks only that one of them exists
             raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: no module {target!r}")
     lora_config = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
+        task_type=TaskType.SEQ_2_SEQ_LM, r=config.lora_r, lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout, target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora, use_dora=config.use_dora,
+    )  # fmt: skip
     torch.manual_seed(config.seed)  # the adapter's first weights are random, and the same on each process
     try:
         return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base

@@ -48,7 +48,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.empty_partition_cache()
 
 
-def update(
+def update_weights(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> float:
     """Clip, and update the weights unless the gradient is not finite; returns its norm before clipping.

@@ -41,13 +41,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
 
 # DeepSpeed's own are for models of many billions of parameters: 2 GB of fp32 a bucket, and 4 GB of weights that ZeRO-3
 # keeps whole. In numbers of parameters.
-BUCKETS = {
-    "reduce_bucket_size": 20_000_000,
-    "allgather_bucket_size": 20_000_000,
-    "stage3_prefetch_bucket_size": 20_000_000,
-    "stage3_max_live_parameters": 50_000_000,
-    "stage3_max_reuse_distance": 50_000_000,
-}
+BUCKETS = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), 20_000_000)
+BUCKETS |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 50_000_000)
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -74,12 +69,11 @@ def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
         # Autocast over fp32 weights, as everywhere, and not weights and sums in bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     check_auto(accelerator, config)
-    if is_sharded(accelerator):
-        if config.metric_for_best_model != "loss":
-            raise UserError(
-                f"--metric_for_best_model {config.metric_for_best_model} generates, which is not for DeepSpeed or "
-                "FSDP2: use loss, or evaluate_rouge.py afterwards"
-            )
+    if is_sharded(accelerator) and config.metric_for_best_model != "loss":
+        raise UserError(
+            f"--metric_for_best_model {config.metric_for_best_model} generates, which is not for DeepSpeed or "
+            "FSDP2: use loss, or evaluate_rouge.py afterwards"
+        )
 
 
 def check_auto(accelerator: Accelerator, config: TrainingConfig):
@@ -116,9 +110,7 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainingConfig):
             raise UserError(f"the DeepSpeed config's {name} is {settings[name]}; remove it: it is {setting}")
         settings[name] = value
     if config.mixed_precision == "bf16":  # as everywhere: autocast over fp32 weights, sums of gradients in fp32
-        settings["torch_autocast"] = {
-            "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []
-        }  # fmt: skip
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     for name, value in BUCKETS.items():
         settings["zero_optimization"].setdefault(name, value)
     settings["zero_force_ds_cpu_optimizer"] = False  # the script's AdamW, also where its moments are offloaded

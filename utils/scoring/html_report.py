@@ -15,15 +15,7 @@ import vl_convert
 
 from utils.scoring.diagnostics import split_words
 from utils.scoring.rouge import METRICS, PROTOCOLS
-from utils.scoring.tables import (
-    Table,
-    build_costs,
-    build_diagnostics,
-    build_differences,
-    build_facts,
-    build_scores,
-    pair_comparisons,
-)
+from utils.scoring.tables import Table, build_tables, pair_comparisons
 
 PAGE = Path(__file__).parent / "report_page"
 SOFTWARE = ("git_commit", "python_version", "library_versions", "data_fingerprint", "num_processes")
@@ -32,6 +24,7 @@ SOFTWARE = ("git_commit", "python_version", "library_versions", "data_fingerprin
 def build_page(results: dict[str, Any], predictions: list[dict[str, Any]]) -> str:
     """The whole page, of a results.json and the lines of its predictions.jsonl."""
     example = results["example"]
+    scores, differences, *others = map(render_table, build_tables(results))
     parts = {
         "style": (PAGE / "page.css").read_text(encoding="utf-8"),
         "script": "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in ("charts", "dialogues")),
@@ -40,11 +33,9 @@ def build_page(results: dict[str, Any], predictions: list[dict[str, Any]]) -> st
         "size": f"{results['num_dialogues']:,} dialogues of the {html.escape(str(example['split']))} split, "
         f"{results['num_rows']:,} references",
         "conclusions": "".join(f"<li>{html.escape(text)}</li>" for text in results["conclusions"]),
-        "scores": render_table(build_scores(results)),
-        "differences": render_table(build_differences(results)),
-        "diagnostics": render_table(build_diagnostics(results)),
-        "costs": render_table(build_costs(results)),
-        "facts": render_table(build_facts(results.get("facts", {}))),
+        "scores": scores,
+        "differences": differences,
+        "other_tables": "\n".join(others),
         "example": render_example(example),
         "settings": render_settings(results),
     }

@@ -1,6 +1,7 @@
 """From each model's texts to predictions.jsonl and results.json, which hold all that a report shows."""
 
 import dataclasses
+import json
 import logging
 import re
 from pathlib import Path
@@ -12,12 +13,13 @@ from utils.config import EvaluationConfig
 from utils.files import describe_file, write_json, write_jsonl
 from utils.generation.partial_texts import Summary
 from utils.launch.script import describe_software
-from utils.scoring.cost import read_training
 from utils.scoring.diagnostics import describe_texts
 from utils.scoring.rouge import compare_models, score_texts
 from utils.scoring.tables import describe_differences, pair_comparisons
 
 logger = logging.getLogger(__name__)
+NUM_POINTS = 200  # of a curve in a report; longer ones are thinned
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
 
 
 def write_results(
@@ -48,14 +50,12 @@ def write_results(
         texts, truncated = zip(*texts_of_model, strict=True)
         models[name]["diagnostics"] = describe_texts(texts, sources, truncated)
         models[name]["training"] = read_training(paths[name]) if name in paths else None
+    pairs = [(text, source) for texts, source in zip(references, sources, strict=True) for text in texts]
     results = {
         **header,
         "models": models,
         "comparisons": comparisons,
-        "references": describe_texts(
-            [text for texts in references for text in texts],
-            [source for source, texts in zip(sources, references, strict=True) for _ in texts],
-        ),
+        "references": describe_texts(*zip(*pairs, strict=True)),
         "num_dialogues": len(dialogues),
         "num_rows": sum(map(len, references)),
         "num_processes": PartialState().num_processes,
@@ -75,3 +75,36 @@ def describe_line(name: str, dialogue: dict, summary: Summary, scores: dict[str,
     if summary.truncated is not None:
         line["truncated"] = summary.truncated
     return line | {"references": dialogue["references"], "dialogue": dialogue["dialogue"], "scores": scores}
+
+
+def read_training(folder: str | Path) -> dict[str, Any] | None:
+    """Size, time and losses of the run whose model lies in the folder; None where none of these scripts trained it.
+
+    `seconds` are those of the optimizer updates, without validation and saving; `curves[split]` are [step, loss].
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "run_manifest.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        train = [line for line in metrics if line["split"] == "train"]
+        points = {
+            split: [[line["step"], line["loss"]] for line in metrics if line["split"] == split]
+            for split in ("train", "validation")
+        }
+        names = ("num_parameters", "num_trainable_parameters", "num_train_steps", "num_processes", "device")
+        return {
+            **{name: manifest[name] for name in names},
+            "size_bytes": sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern)),
+            "seconds": sum(line["num_examples"] / line["samples_per_second"] for line in train),
+            "peak_memory_mib": max((line["peak_memory_mib"] for line in train), default=None),
+            "curves": {split: thin(curve) for split, curve in points.items()},
+        }
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None  # a model from elsewhere, or from an earlier version: its texts are scored all the same
+
+
+def thin(points: list) -> list:
+    """At most NUM_POINTS of them, evenly spaced, with the last."""
+    stride = -(-len(points) // NUM_POINTS) or 1
+    return points[::-1][::stride][::-1]

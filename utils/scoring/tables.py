@@ -17,10 +17,9 @@ class Table(NamedTuple):
 
 
 def build_tables(results: dict[str, Any]) -> list[Table]:
-    """All tables of a results.json, the scores first."""
+    """All tables that the reports show, in their order; one without rows is left out there."""
     tables = [build_scores(results), build_differences(results), build_diagnostics(results)]
-    tables += [build_costs(results), build_facts(results.get("facts", {}))]
-    return [table for table in tables if table.rows]
+    return [*tables, build_costs(results), build_facts(results.get("facts", {}))]
 
 
 def build_scores(results: dict[str, Any]) -> Table:
@@ -62,10 +61,8 @@ def build_differences(results: dict[str, Any]) -> Table:
 
 def build_diagnostics(results: dict[str, Any]) -> Table:
     rows = []
-    for name, texts in [
-        *((name, model["diagnostics"]) for name, model in results["models"].items()),
-        ("(references)", results["references"]),
-    ]:
+    described = [(name, model["diagnostics"]) for name, model in results["models"].items()]
+    for name, texts in [*described, ("(references)", results["references"])]:
         shares = ("coverage", "novel_bigrams", "share_empty", "share_duplicates", "share_truncated")
         coverage, *others = ("" if texts[key] is None else f"{100 * texts[key]:.1f} %" for key in shares)
         rows.append([name, f"{texts['mean_words']:.1f}", coverage, f"{texts['density']:.1f}", *others])
@@ -81,14 +78,10 @@ def build_costs(results: dict[str, Any]) -> Table:
         training = model.get("training")
         if training:
             minutes, seconds = divmod(round(training["seconds"] or 0), 60)
-            rows.append([
-                name,
-                f"{training['num_trainable_parameters']:,}",
-                f"{training['size_bytes'] / 2**20:,.1f} MiB",
-                f"{training['num_train_steps']:,}",
-                f"{minutes}:{seconds:02} on {training['num_processes']} {training['device']}",
-                format_percent(model["scores"]["average"]["rouge1"]),
-            ])  # fmt: skip
+            took = f"{minutes}:{seconds:02} on {training['num_processes']} {training['device']}"
+            size = f"{training['size_bytes'] / 2**20:,.1f} MiB"
+            counts = [f"{training['num_trainable_parameters']:,}", size, f"{training['num_train_steps']:,}"]
+            rows.append([name, *counts, took, format_percent(model["scores"]["average"]["rouge1"])])
     header = ["cost", "trained parameters", "on disk", "updates", "min:s in updates", "rouge1 average"]
     return Table("What training cost, beside what it brought", header, rows, {})
 
@@ -146,10 +139,8 @@ def describe_differences(comparisons: list[tuple[tuple[str, str], dict]], num_di
             within.append(f"{a} and {b} in {list_metrics(metrics['noise'])}")
     sentences = []
     if beyond:
-        found = "; ".join(
-            f"{better} above {' and '.join(worse)} in {where}" for (better, where), worse in beyond.items()
-        )
-        sentences.append(f"Beyond noise (95 % interval without 0, average over references): {found}.")
+        found = [f"{better} above {' and '.join(worse)} in {where}" for (better, where), worse in beyond.items()]
+        sentences.append(f"Beyond noise (95 % interval without 0, average over references): {'; '.join(found)}.")
     if within:
         sentences.append(f"Not told apart by these dialogues: {'; '.join(within)}.")
     if num_dialogues < FEW_DIALOGUES:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import collate
+from utils.data.prefetch import move_batch
 from utils.training.step import compute_target_logits, compute_training_loss
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ def fits_device(accelerator: Accelerator, model: torch.nn.Module, examples: dict
     """Whether these examples' gradient can be computed; it is thrown away."""
     unwrapped = accelerator.unwrap_model(model)
     try:
-        batch = collate(examples, unwrapped.config.pad_token_id)
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        batch["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+        batch = move_batch(collate(examples, unwrapped.config.pad_token_id), unwrapped, accelerator.device)
         with accelerator.no_sync(model):
             loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
             accelerator.backward(loss)

@@ -92,9 +92,7 @@ def choose_checkpoint(
         if not os.path.isdir(candidates[0]):
             raise UserError(f"--resume_from_checkpoint {candidates[0]}: no such folder")
         if not re.fullmatch(r"step_\d+", candidates[0].name):
-            raise UserError(
-                f"--resume_from_checkpoint {candidates[0]}: its name is not that of a checkpoint, step_..."
-            )
+            raise UserError(f"--resume_from_checkpoint {candidates[0]}: not the name of a checkpoint, step_...")
     else:
         candidates = find_checkpoints(config.output_dir)
         if not candidates:

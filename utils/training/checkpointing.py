@@ -69,7 +69,7 @@ class Checkpointer:
         if error:
             raise UserError(error)
         self.last_step = self.state["step"] if self.state else 0
-        is_here = self.folder and self.folder.parent.resolve() == self.parent.resolve()
+        is_here = self.folder and self.folder.parent.resolve() == self.checkpoints_dir.resolve()
         self.last_saved = self.last_step if is_here else 0  # into output_dir
         same = self.state and self.state["num_processes"] == accelerator.num_processes
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
@@ -77,7 +77,7 @@ class Checkpointer:
         self.writing: Future | None = None
 
     @property
-    def parent(self) -> Path:
+    def checkpoints_dir(self) -> Path:
         return Path(self.config.output_dir) / "checkpoints"
 
     def restore(
@@ -93,7 +93,7 @@ class Checkpointer:
         self.interval = Interval.restore(self.accelerator, self.state["interval"]) if self.state else Interval()
         if self.accelerator.is_main_process:
             (Path(self.config.output_dir) / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
-            for path in self.parent.glob(f"*{UNFINISHED}"):
+            for path in self.checkpoints_dir.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path, ignore_errors=True)
         if self.folder is None:
             return self.interval
@@ -115,9 +115,9 @@ class Checkpointer:
             metrics = (self.folder / "metrics.jsonl").read_bytes()
             write_file(Path(self.config.output_dir) / "metrics.jsonl", metrics)
             logger.info("resuming from %s", self.folder)
+            text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
             for name, here in self.describe_processes().items():
                 if self.state[name] != here and here != "auto":
-                    text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
                     logger.info(text, name, self.state[name], here)
         self.accelerator.wait_for_everyone()
         return self.interval
@@ -144,19 +144,16 @@ class Checkpointer:
         }
         if not self.accelerator.is_main_process:
             return
-        state = self.describe_state(step) | {
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "interval": interval,
-            "per_device_train_batch_size": self.batch_size,
-        }
-        self.write(self.parent / f"step_{step:06d}", tensors, state)
+        of_resume = {"lr_scheduler": self.lr_scheduler.state_dict(), "interval": interval}
+        of_resume["per_device_train_batch_size"] = self.batch_size
+        self.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | of_resume)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
     def save_if_best(self, step: int, value: float):
         """Keep these weights if no earlier validation gave a lower `value`."""
         if self.best and self.best["value"] <= value:
             return
-        self.best, self.best_folder = {"step": step, "value": value}, self.parent / f"best_step_{step:06d}"
+        self.best, self.best_folder = {"step": step, "value": value}, self.checkpoints_dir / f"best_step_{step:06d}"
         self.wait()
         self.accelerator.wait_for_everyone()
         parameters = trainable_parameters(self.accelerator, self.model)

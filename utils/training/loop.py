@@ -47,40 +47,40 @@ def train(
     interval = checkpointer.restore(model, optimizer, lr_scheduler, batch_size)
     check_head(accelerator.unwrap_model(model))
     load = functools.partial(load_steps, accelerator, model, train_data, lengths, config)
-    num_done = checkpointer.last_step
-    progress = tqdm(total=num_steps, initial=num_done, unit="update", disable=not accelerator.is_main_process)
+    num_updates = checkpointer.last_step
+    progress = tqdm(total=num_steps, initial=num_updates, unit="update", disable=not accelerator.is_main_process)
 
     def is_due(every: int) -> bool:
-        return num_done % every == 0 or num_done == num_steps
+        return num_updates % every == 0 or num_updates == num_steps
 
     try:
-        checkpointer.save(num_done)  # does nothing unless resumed from another folder
+        checkpointer.save(num_updates)  # does nothing unless resumed from another folder
         if is_due(config.logging_steps):
-            log_interval(accelerator, model, config, num_done, interval, progress)  # pending if the disk was full
+            log_interval(accelerator, model, config, num_updates, interval, progress)  # pending if the disk was full
         if is_due(config.eval_steps):
-            validate(accelerator, model, tokenizer, validation_data, config, num_done, stop, checkpointer)
-        for step in load(batch_size, range(num_done + 1, num_steps + 1)):
+            validate(accelerator, model, tokenizer, validation_data, config, num_updates, stop, checkpointer)
+        for step in load(batch_size, range(num_updates + 1, num_steps + 1)):
             started = time.perf_counter()
             load_again = functools.partial(load, numbers=[step.number])
             loss_sum, learning_rate, grad_norm = train_step(
                 accelerator, model, optimizer, lr_scheduler, train_data, step, config, load_again
             )
             interval.add(step, loss_sum, learning_rate, grad_norm, seconds=time.perf_counter() - started)
-            num_done = step.number
+            num_updates = step.number
             progress.update()
             if is_due(config.logging_steps):
-                log_interval(accelerator, model, config, num_done, interval, progress)
+                log_interval(accelerator, model, config, num_updates, interval, progress)
             stopping = stop.asked()
             if stopping or is_due(config.checkpointing_steps):
-                checkpointer.save(num_done)
+                checkpointer.save(num_updates)
             if stopping:
                 checkpointer.stop(stop)
             if is_due(config.eval_steps):
-                validate(accelerator, model, tokenizer, validation_data, config, num_done, stop, checkpointer)
+                validate(accelerator, model, tokenizer, validation_data, config, num_updates, stop, checkpointer)
     except FloatingPointError as error:
-        keep_last_good_model(accelerator, model, tokenizer, config, num_done, str(error))
+        keep_last_good_model(accelerator, model, tokenizer, config, num_updates, str(error))
     except UnwrittenLineError as error:
-        checkpointer.save(num_done)
+        checkpointer.save(num_updates)
         checkpointer.stop(stop, str(error))
     finally:
         progress.close()

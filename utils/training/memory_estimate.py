@@ -100,14 +100,10 @@ def measure_micro_batch(
     """Most bytes that a fake model's forward and backward pass hold beside its parameters, and how many of them are
     logits. Gradients go, one by one, into what is there or is sharded, unless they are kept; with None there is no
     backward pass."""
-    num_targets = micro_batch.num_target_tokens
-    sizes = {
-        "input_ids": (micro_batch.num_examples, micro_batch.source_length),
-        "attention_mask": (micro_batch.num_examples, micro_batch.source_length),
-        "decoder_input_ids": (micro_batch.num_examples, micro_batch.target_length),
-        "target_positions": (num_targets,),
-        "targets": (num_targets,),
-    }
+    n, num_targets = micro_batch.num_examples, micro_batch.num_target_tokens
+    sizes = {name: (n, micro_batch.source_length) for name in ("input_ids", "attention_mask")}
+    sizes |= {name: (num_targets,) for name in ("target_positions", "targets")}
+    sizes["decoder_input_ids"] = (n, micro_batch.target_length)
     batch = {name: torch.ones(size, dtype=torch.long, device=accelerator.device) for name, size in sizes.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = []
@@ -126,8 +122,8 @@ def measure_micro_batch(
 
 def count_bytes(model: torch.nn.Module) -> tuple[int, int]:
     """Of (all, trained) parameters, a shared one counted once. A gradient and a moment are as large as the latter."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    parameters = list(model.parameters())
+    return sum(p.nbytes for p in parameters), sum(p.nbytes for p in parameters if p.requires_grad)
 
 
 def share_out(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, int]:
@@ -173,10 +169,8 @@ def count_gathered_bytes(model: torch.nn.Module) -> int:
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
     sizes = [sum(count_bytes(block)) for block in blocks]
-    outside = [
-        p.numel() * p.element_size() * (1 + p.requires_grad) for p in model.parameters() if id(p) not in in_blocks
-    ]
-    return sum(outside) + 2 * max(sizes, default=0)
+    outside = [p for p in model.parameters() if id(p) not in in_blocks]
+    return sum(p.nbytes * (1 + p.requires_grad) for p in outside) + 2 * max(sizes, default=0)
 
 
 def estimate_memory(
@@ -207,5 +201,5 @@ def estimate_memory(
         is_gathered = name_strategy(accelerator) in ("DEEPSPEED_ZERO3", "FSDP")
         moments["the export"] = resting + trained * is_gathered + largest
         if getattr(config, "merge_into", None):  # what was trained has gone by then
-            moments["the merge"] = 4 * num_parameters + largest
+            moments["the merge"] = 4 * num_parameters
     return parts, moments

@@ -44,15 +44,14 @@ def report_preflight(
     problem = None
     if accelerator.is_main_process:
         try:
+            num_examples, num_steps = min(config.total_train_batch_size, len(train_data)), run["num_train_steps"]
             lines = describe_start(accelerator, config, model, run)
             lines += describe_data(config, {"train": train_data, "validation": validation_data})
-            num_examples = min(config.total_train_batch_size, len(train_data))
-            lines += describe_plan(config, micro_batches, num_examples, run["num_train_steps"])
+            lines += describe_plan(config, micro_batches, num_examples, num_steps)
             memory_lines, needed = describe_memory(
-                accelerator, config, model, micro_batches, validation_data, run["num_train_steps"], free
+                accelerator, config, model, micro_batches, validation_data, num_steps, free
             )
-            disk_lines, disk_problem = describe_disk(config, model, validation_data, run["num_train_steps"])
-            problem = disk_problem
+            disk_lines, problem = describe_disk(config, model, validation_data, num_steps)
             if needed > free:
                 problem = (
                     f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} "

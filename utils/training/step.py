@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from utils.config import TrainingConfig, UserError
 from utils.data.prefetch import Step
-from utils.modeling.passes import accumulate, backward, update
+from utils.modeling.passes import accumulate, backward, update_weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def train_step(
     else:
         loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens)
     learning_rate = lr_scheduler.get_last_lr()[0]
-    grad_norm = update(accelerator, model, optimizer, config.max_grad_norm)
+    grad_norm = update_weights(accelerator, model, optimizer, config.max_grad_norm)
     if not math.isfinite(grad_norm):
         ids = find_bad_examples(data, [batch["indices"] for batch in step.micro_batches], loss_sums)
         what = f"the loss is not finite in micro-batches of {', '.join(ids)}" if ids else "the gradient overflows"

@@ -122,28 +122,22 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
     settings = dataclasses.asdict(config)
     if accelerator.is_main_process:
         manifest = {
-            **run,
-            "num_processes": accelerator.num_processes,
-            "strategy": name_strategy(accelerator),
-            "device": accelerator.device.type,
-            "settings": settings,
-            **describe_software(),
-        }
+            **run, "num_processes": accelerator.num_processes, "strategy": name_strategy(accelerator),
+            "device": accelerator.device.type, "settings": settings, **describe_software(),
+        }  # fmt: skip
         write_json(Path(config.output_dir) / "run_manifest.json", manifest)
         logger.info(", ".join(f"{name} {value:,}" for name, value in run.items() if isinstance(value, int)))
         if run["num_train_steps"] < FEW_STEPS and config.max_train_steps is None:
-            logger.warning("only %d updates; more with --num_train_epochs, or a lower --total_train_batch_size",
-                           run["num_train_steps"])  # fmt: skip
+            text = "only %d updates; more with --num_train_epochs, or a lower --total_train_batch_size"
+            logger.warning(text, run["num_train_steps"])
     if config.report_to != "none":
-        flat = {
-            name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
-        }
+        plain = (int, float, str)
+        flat = {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
         accelerator.init_trackers("dialogsum", flat)
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
-    """Append one line to metrics.jsonl, and tell the tracker. UnwrittenLineError if the line cannot
-    be written."""
+    """Append one line to metrics.jsonl, and tell the tracker. UnwrittenLineError if the line cannot be written."""
     error = None
     if accelerator.is_main_process:
         path = Path(config.output_dir) / "metrics.jsonl"
