@@ -179,6 +179,14 @@ def start_warm_server(**environment: str) -> str:
     return str(path)
 
 
+def warm_launch(script: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """The words of `accelerate launch SCRIPT`, to be run in any folder, and what they need in the environment. The
+    script forks from a process that has imported the libraries under this environment."""
+    warm = str(REPOSITORY / "tests" / "warm.py")
+    words = [sys.executable, warm, "-m", "accelerate.commands.accelerate_cli", "launch", warm, str(script)]
+    return words, environment | {"WARM_SOCKET": start_warm_server(**environment)}
+
+
 def run_command(*words: str | Path, timeout: int = 300, **environment: str):
     command = list(map(str, words))
     return subprocess.run(

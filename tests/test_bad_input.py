@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, make_rows, read_jsonl, write_rows
+from conftest import REPOSITORY, make_rows, read_jsonl, start_warm_server, write_rows
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
@@ -849,13 +849,12 @@ def test_missing_predictions_file(refuse, here):
 def test_process(tmp_path, data_files, flan_t5, script, words, expected):
     places = {"data": f"--train_file={data_files['train']}", "model": f"--model_name_or_path={flan_t5}"}
     words = [word.format(**places, rows=data_files["test"]) for word in words]
+    warm = [] if script == "evaluate_rouge" and not words else [REPOSITORY / "tests" / "warm.py"]
     process = subprocess.run(
-        [sys.executable, REPOSITORY / f"{script}.py", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [sys.executable, *warm, REPOSITORY / f"{script}.py", *words],
+        env=os.environ | {"WARM_SOCKET": start_warm_server()}, cwd=tmp_path, capture_output=True, text=True,
         timeout=120,
-    )
+    )  # fmt: skip
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith(f"{script}.py: error: {expected}")
     assert process.stderr.endswith("\n") and process.stderr.count("\n") == 1

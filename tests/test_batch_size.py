@@ -101,9 +101,9 @@ def test_auto_is_refused_on_a_cpu(tmp_path):
         "train_full.py", "--model_name_or_path", model, "--train_file", train_file, "--output_dir", tmp_path / "out",
         "--per_device_train_batch_size", "auto",
     )  # fmt: skip
-    for more in ((), ("--preflight",)):
-        limited = ("bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", sys.executable)
-        run = run_command(*limited, *command, *more, ACCELERATE_USE_CPU="true")
+    limited = ("bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", sys.executable)
+    runs = run_command(*limited, *command, ACCELERATE_USE_CPU="true"), run_script(*command, "--preflight")
+    for run in runs:
         assert run.returncode == 2, run.stderr
         line = run.stderr.splitlines()[-1]
         assert line.startswith("train_full.py: error: --per_device_train_batch_size auto cannot tell what fits on cpu")

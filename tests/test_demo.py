@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl, run_script
+from conftest import REPOSITORY, read_jsonl, run_script, warm_launch
 
 from demo.facts import extract_facts, guess_summaries, score_facts
 from demo.make_demo import make_splits
@@ -60,11 +60,10 @@ def test_sample_is_wrong_before_and_right_after(demo, tmp_path):
     """The dialogue that README shows, from the validation split."""
     index = EXAMPLE
     row = read_jsonl(REPOSITORY / "demo" / "validation.jsonl")[index]
-    command = [
-        "accelerate", "launch", REPOSITORY / "evaluate_rouge.py", "--demo", "--split", "validation",
-        "--example_index", str(index), "--max_eval_samples", "10", "--output_dir", tmp_path,
-    ]  # fmt: skip
-    run = subprocess.run(command, cwd=demo, capture_output=True, text=True, timeout=120)
+    command, environment = warm_launch(REPOSITORY / "evaluate_rouge.py")
+    command += ["--demo", "--split", "validation", "--example_index", str(index), "--max_eval_samples", "10"]
+    command += ["--output_dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=demo, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     shown = dict(part.split("\n", 1) for part in run.stdout.split("\n\nROUGE")[0].split("--- ")[1:])
     assert shown["dialogue"].strip() == row["dialogue"] and shown["human summary"].strip() == row["summary"]

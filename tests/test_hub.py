@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hub_standin
 import pytest
-from conftest import REPOSITORY, WORDS, read_jsonl, start_warm_server, write_flan_t5
+from conftest import REPOSITORY, WORDS, read_jsonl, warm_launch, write_flan_t5
 from safetensors import safe_open
 
 pytestmark = pytest.mark.slow
@@ -67,9 +67,8 @@ def launch(
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1"} | environment
     command = [Path(sys.executable).with_name("accelerate"), "launch", REPOSITORY / script, *words]
     if not cold:
-        warm = REPOSITORY / "tests" / "warm.py"
-        command = [sys.executable, warm, "-m", "accelerate.commands.accelerate_cli", "launch", warm, *command[2:]]
-        environment["WARM_SOCKET"] = start_warm_server(**environment)
+        command, environment = warm_launch(REPOSITORY / script, **environment)
+        command += words
     with subprocess.Popen(
         command,
         cwd=folder,

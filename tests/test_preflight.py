@@ -250,14 +250,14 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
     ("kind", "precision", "strategy", "size"),
     [
         ("full", "no", "one process", 4),
-        ("full", "bf16", "one process", 2),
+        ("full", "bf16", "one process", 1),
         ("full", "no", "ddp", 4),
         ("full", "no", "deepspeed_zero2", 4),
         ("full", "no", "deepspeed_zero3", 4),
         ("full", "no", "fsdp2", 4),
         # Where the activations are most of it, and where what comes after the training is.
         ("lora", "no", "one process", 16),
-        ("lora", "bf16", "one process", 4),
+        ("lora", "bf16", "one process", 2),
         ("lora", "bf16", "one process", 1),
         ("merge", "bf16", "one process", 1),
         ("merge", "bf16", "ddp", 1),

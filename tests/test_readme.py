@@ -1,6 +1,7 @@
 """Every command in a README is run by a test: here, or in the test that is named here."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import REPOSITORY, make_rows, write_rows
+from conftest import REPOSITORY, make_rows, start_warm_server, warm_launch, write_rows
 
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
 from utils.launch.command_line import parse_config
@@ -92,14 +93,14 @@ def test_commands_for_own_data(flan_t5, tmp_path):
         write_rows(tmp_path / f"{name}.jsonl", [{"id": row["id"], "prediction": row["gold"]} for row in rows])
     for command in commands:
         words = shlex.split(command.replace("google/flan-t5-base", str(flan_t5)))
-        words = [str(REPOSITORY / word) if word in ("train_lora.py", "evaluate_rouge.py") else word for word in words]
         if words[0] == "python":
-            words[0] = sys.executable
-        elif "train" in command:
-            words += ["--model_name_or_path", str(flan_t5)]
+            words = [sys.executable, str(REPOSITORY / "tests" / "warm.py"), str(REPOSITORY / words[1]), *words[2:]]
         else:
-            words += ["--max_new_tokens", "8"]
-        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+            assert words[:2] == ["accelerate", "launch"]
+            words = [*warm_launch(REPOSITORY / words[2])[0], *words[3:]]
+            words += ["--model_name_or_path", str(flan_t5)] if "train" in command else ["--max_new_tokens", "8"]
+        environment = os.environ | {"WARM_SOCKET": start_warm_server()}
+        run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0, run.stderr
     models = json.loads((tmp_path / "their-report" / "results.json").read_text())["models"]
     assert {name: model["scores"]["max"]["rougeLsum"]["value"] for name, model in models.items()} == {

@@ -224,6 +224,7 @@ def test_zero3_loads_in_parts(tmp_path, monkeypatch):
     """Process 1 never holds the whole model, as it does under DDP; the head, which T5 under ZeRO-3 would lose to the
     embedding, is the checkpoint's."""
     model = write_flan_t5(tmp_path / "large", d_model=512, d_kv=64, num_heads=8, d_ff=1024, num_layers=8)
+    write_flan_t5(tmp_path / "large-tiny")  # which load_worker.py loads first
     weights = load_file(model / "model.safetensors")
     num_parameters = sum(tensor.numel() for tensor in weights.values())
     whole_mib = 4 * num_parameters / 2**20

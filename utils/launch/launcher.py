@@ -106,13 +106,13 @@ def check_training_settings(launch: Namespace | None, config: TrainingConfig):
 
     if find("mixed_precision") == "fp16":
         raise UserError(f"the launcher's mixed_precision is fp16: {FP16_REFUSAL}")
-    clipping_is_ours = is_number(find("gradient_clipping"), config.max_grad_norm)
+    clipping = str(config.max_grad_norm), f"{config.max_grad_norm:g}"
     from_sizes = "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
     shapes = "micro-batches are of many shapes, and torch.compile would compile for each"
     for name, allowed, why in (
         ("mixed_precision", ("", "no", config.mixed_precision), "precision is --mixed_precision"),
         ("gradient_accumulation_steps", ("", "1"), from_sizes),
-        ("gradient_clipping", ("", "auto", find("gradient_clipping") * clipping_is_ours), "it is --max_grad_norm"),
+        ("gradient_clipping", ("", "auto", *clipping), "it is --max_grad_norm"),
         ("dynamo_backend", ("", "no"), shapes),
         ("use_megatron_lm", ("", "false"), "DDP, DeepSpeed and FSDP2 are supported"),
         ("use_parallelism_config", ("", "false"), "DDP, DeepSpeed and FSDP2 are supported"),
@@ -125,13 +125,6 @@ def check_training_settings(launch: Namespace | None, config: TrainingConfig):
     ):
         if os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(f"FSDP_{name.upper()}") == "true":
             raise UserError(f"the launcher sets fsdp_{name}; remove it: {instead}")
-
-
-def is_number(text: str, number: float) -> bool:
-    try:
-        return float(text) == number
-    except ValueError:
-        return False
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Checkpointer:
             run: what tracking.describe_run says of it.
         """
         self.accelerator, self.config = accelerator, config
+        self.output_dir, self.checkpoints_dir = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
         self.run = run = {**identity_settings(config), "model_fingerprint": fingerprint_model(model), **run}
         self.folder, self.state, error = None, None, None
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
@@ -61,7 +62,7 @@ class Checkpointer:
                     self.folder, self.state = choose_checkpoint(config, run) or (None, None)
                 if self.folder:
                     self.best_folder, self.best = find_best(self.folder.parent)
-                weakref.finalize(self, os.close, lock_folder(Path(config.output_dir), "output_dir"))
+                weakref.finalize(self, os.close, lock_folder(self.output_dir, "output_dir"))
             except UserError as user_error:
                 error = str(user_error)
         found = [self.folder, self.state, self.best_folder, self.best, error]
@@ -76,10 +77,6 @@ class Checkpointer:
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing: Future | None = None
 
-    @property
-    def checkpoints_dir(self) -> Path:
-        return Path(self.config.output_dir) / "checkpoints"
-
     def restore(
         self,
         model: torch.nn.Module,
@@ -92,7 +89,7 @@ class Checkpointer:
         self.model, self.optimizer, self.lr_scheduler, self.batch_size = model, optimizer, lr_scheduler, batch_size
         self.interval = Interval.restore(self.accelerator, self.state["interval"]) if self.state else Interval()
         if self.accelerator.is_main_process:
-            (Path(self.config.output_dir) / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
+            (self.output_dir / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
             for path in self.checkpoints_dir.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path, ignore_errors=True)
         if self.folder is None:
@@ -100,7 +97,7 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             # A kill may have prevented this cleanup.
             self.remove_older(self.last_step)
-            for path in find_checkpoints(self.config.output_dir, "best_step") if self.best_folder else ():
+            for path in find_checkpoints(self.output_dir, "best_step") if self.best_folder else ():
                 if path.name != self.best_folder.name:
                     remove_checkpoint(path)
         if not self.folder.is_dir():  # the main process has verified it
@@ -113,7 +110,7 @@ class Checkpointer:
             group["lr"] = learning_rate
         if self.accelerator.is_main_process:
             metrics = (self.folder / "metrics.jsonl").read_bytes()
-            write_file(Path(self.config.output_dir) / "metrics.jsonl", metrics)
+            write_file(self.output_dir / "metrics.jsonl", metrics)
             logger.info("resuming from %s", self.folder)
             text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
             for name, here in self.describe_processes().items():
@@ -165,7 +162,7 @@ class Checkpointer:
         """Leave the run to be resumed: SystemExit with EXIT_STOPPED, or UserError if it is an error that ends it or if
         nothing could be written."""
         failure = self.wait()
-        written = self.last_step == 0 or has_checkpoint(self.config.output_dir, self.last_step)
+        written = self.last_step == 0 or has_checkpoint(self.output_dir, self.last_step)
         if self.accelerator.is_main_process:
             with contextlib.suppress(OSError):
                 request.file.unlink(missing_ok=True)  # it has been heard
@@ -224,7 +221,7 @@ class Checkpointer:
 
     def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
         """Hand the writing to the thread; `wait` reports whether it worked."""
-        path = Path(self.config.output_dir) / "metrics.jsonl"
+        path = self.output_dir / "metrics.jsonl"
         metrics = path.read_bytes() if path.exists() else b""
         self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
 
@@ -236,7 +233,7 @@ class Checkpointer:
         try:
             return writing.result()
         except OSError as error:
-            kept = find_checkpoints(self.config.output_dir)
+            kept = find_checkpoints(self.output_dir)
             text = f"{error.strerror or error}; the newest checkpoint is {kept[0].name if kept else 'none'}"
             logger.warning("a checkpoint could not be written: %s", text)
             return text
@@ -245,7 +242,7 @@ class Checkpointer:
         write_checkpoint(folder, tensors, state, metrics)
         # Only now that it is there.
         if folder.name.startswith("best"):
-            for path in find_checkpoints(self.config.output_dir, "best_step"):
+            for path in find_checkpoints(self.output_dir, "best_step"):
                 if path != folder:
                     remove_checkpoint(path)
         else:
@@ -253,7 +250,7 @@ class Checkpointer:
 
     def remove_older(self, step: int):
         """Keep the newest checkpoints_total_limit up to `step`. Newer ones stay: the run resumed from before them."""
-        older = [path for path in find_checkpoints(self.config.output_dir) if step_of(path) < step]
+        older = [path for path in find_checkpoints(self.output_dir) if step_of(path) < step]
         for path in older[self.config.checkpoints_total_limit - 1 :]:
             remove_checkpoint(path)
 
