@@ -49,7 +49,7 @@ hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.S
 os.execvp("python", ["python", *sys.argv[1:]])'
 # shellcheck disable=SC2016  # each task's own variables, not the batch shell's
 (
-    trap '' USR1 # of which srun would die until it takes signals itself
+    trap '' USR1 # srun would die of it until its own handlers are in place
     exec srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$num_gpus" \
         --cpus-per-task=$((SLURM_CPUS_ON_NODE / num_gpus)) --kill-on-bad-exit=1 --gpu-bind=none \
         bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -c "$@"' bash "$hold" "$script" "$@"
@@ -65,7 +65,7 @@ pass_on() {
     done
 }
 trap 'pass_on; interrupted=1' USR1
-if [[ $signaled ]]; then pass_on; fi # before there was a step
+if [[ $signaled ]]; then sleep 1 && pass_on; fi # signaled before there was a step
 code=0
 wait "$step" || code=$?
 if [[ $interrupted ]]; then # which ended the first wait

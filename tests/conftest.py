@@ -101,8 +101,8 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """A function that returns a folder by its name, filled by a function once for all of pytest's workers, whose tests
-    must only read it."""
+    """A function of a name and of a function that fills a folder: returns the folder of that name, filled once for all
+    of pytest's workers. Tests must only read it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -157,13 +157,15 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
     if num_processes > 1:  # `accelerate launch --cpu --num_processes 2` runs one
         torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}")
         words = (*torchrun, *words) if cold else ("tests/warm.py", *torchrun, *words)
-    environment = {"ACCELERATE_USE_CPU": "true"} | ({} if cold else {"WARM_SOCKET": start_warm_server()}) | environment
+    if not cold and "WARM_SOCKET" not in environment:
+        environment["WARM_SOCKET"] = start_warm_server()
+    environment = {"ACCELERATE_USE_CPU": "true"} | environment
     return run_command(sys.executable, *words, timeout=timeout, **environment)
 
 
 @functools.cache
 def start_warm_server(**environment: str) -> str:
-    """The socket of a warm.py server, which is started once and ends with this process.
+    """The socket of a warm.py server, which is started once for each environment and ends with this process.
 
     Args:
         environment: what the libraries read when they are imported.

@@ -25,7 +25,7 @@ def read_memory() -> int:
 
 def return_freed_memory():
     """From now on at once, instead of after some more: what is counted is what is in use."""
-    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)  # what a fork has inherited would hide what it allocates
     for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         ctypes.CDLL(None).mallopt(threshold, 131072)
 

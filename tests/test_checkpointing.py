@@ -253,7 +253,8 @@ def long_never_stopped(paths, tmp_path_factory) -> dict[str, Path]:
 )
 def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number):
     output_dir = tmp_path / "out"
-    script = ["tests/warm.py"] * (number != signal.SIGUSR1) + [f"train_{kind}.py"]
+    # One of them cold: a process that was not forked.
+    script = [f"train_{kind}.py"] if number == signal.SIGUSR1 else ["tests/warm.py", f"train_{kind}.py"]
     words = [sys.executable, *script, *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
     with started(words, output_dir) as process:
         process.send_signal(number)
@@ -871,6 +872,8 @@ def test_a_full_disk_takes_no_line(paths, small_disk):
     filling = output_dir.parent / "filling"
 
     def fill():
+        while not find_checkpoints(output_dir):  # what the thread has begun would be removed, and make room again
+            time.sleep(0.01)
         with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))

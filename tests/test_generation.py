@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, make_rows, read_jsonl, run_script, start_warm_server
+from conftest import REPOSITORY, make_rows, read_jsonl, run_script
 from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
@@ -209,15 +209,13 @@ def test_a_killed_generation_resumes(unsure_model, tmp_path):
             "--per_device_eval_batch_size", "1", "--output_dir", str(output_dir), *words,
         ]  # fmt: skip
 
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WARM_SOCKET": start_warm_server()}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     whole = run_script(*command(tmp_path / "whole")[1:])
     assert whole.returncode == 0, whole.stderr
     assert "from an earlier run" not in whole.stderr
     killed = tmp_path / "killed"
     partial_file = killed / "predictions.partial-0.jsonl"
-    words = command(killed)
-    words.insert(1, "tests/warm.py")
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(killed), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
     while not (partial_file.exists() and partial_file.read_text().count('"key"') >= 15):
         assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.001)

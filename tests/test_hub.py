@@ -139,7 +139,7 @@ def test_readme_for_a_machine_without_a_network(hub, online, tmp_path):
     for line in lines:
         words = [sys.executable, *shlex.split(line)[1:]]
         subprocess.run(words, env=inherited | online, check=True, capture_output=True, timeout=120)
-    offline = online | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    offline = online | {"HF_HUB_OFFLINE": "1"}  # the hub would answer, and is not asked
     num_requests = len(hub.requests)
     run = launch(tmp_path, offline, "train_lora.py", cold=True)
     check_training(run, tmp_path / "flan-t5-base-dialogsum-lora", 6144)

@@ -54,12 +54,12 @@ class Cluster:
         self.start_environment = os.environ | knobs
         name, _, value = shlex.split(self.start())[1].partition("=")
         self.environment = os.environ | {name: value, "DS_ACCELERATOR": "cpu"}
-        python = folder / "bin" / "python"  # the first in PATH: scripts start warm, all else as it is
+        python = folder / "bin" / "python"  # comes first in PATH: scripts start warm, all else unchanged
         python.parent.mkdir()
         python.write_text(
             f'''#!/usr/bin/env bash
 if [[ $1 == *.py && ${{WARM_SOCKET-}} ]]; then
-  export MASTER_ADDR=127.0.0.1  # the nodes' names are known to their own processes alone
+  export MASTER_ADDR=127.0.0.1  # outside of the nodes' namespaces their names mean nothing
   set -- "{REPOSITORY}/tests/warm.py" "$@"
 fi
 exec "{sys.executable}" "$@"
@@ -85,8 +85,8 @@ exec "{sys.executable}" "$@"
         ).stdout.strip()  # fmt: skip
 
     def submit(self, log: Path, *words: str | Path, cold: bool = False) -> str:
-        """A job's number. `cold` as for run_script: where its processes are looked for, or signaled before they have
-        begun."""
+        """Submit a job; returns its number. `cold`, as for run_script, where the test looks for its processes, or
+        signals them before the script begins."""
         words = ("sbatch", "--parsable", "--time=10", "--cpus-per-gpu=1", f"--output={log}", *map(str, words))
         return self.call(*words, **({} if cold else {"WARM_SOCKET": start_warm_server()}))
 

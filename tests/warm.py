@@ -23,7 +23,7 @@ import sys
 
 IMPORTED = (
     "train_full", "train_lora", "evaluate_rouge", "torch.distributed.run", "accelerate.commands.accelerate_cli",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports late, and torch._inductor with it
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports lazily, and torch._inductor with it
 )  # fmt: skip
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -37,7 +37,7 @@ def run_in_fork():
     connection.sendall(job)
     for number in FORWARDED:
         signal.signal(number, lambda number, frame: connection.send(bytes([number])))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # slurm/launch.sh holds one back
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # slurm/launch.sh starts its processes with SIGUSR1 blocked
     code = int(connection.recv(16) or 1)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)

@@ -30,16 +30,14 @@ def size_or_auto(text: str) -> int | str:
 
 @dataclass(frozen=True)
 class Config:
-    """What all configs check: a number is positive, unless it is the default, or of a setting that has limits of its
-    own below."""
-
-    _HAS_LIMITS = ("seed", "weight_decay", "warmup_ratio", "lora_dropout", "example_index", "length_penalty")
+    """A number must be positive, or the default, unless it is in `_have_limits` of its class, which checks them."""
 
     def __post_init__(self):
+        have_limits = {name for part in type(self).__mro__ for name in vars(part).get("_have_limits", ())}
         for item in fields(self):
             value = getattr(self, item.name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and value != item.default
-            if is_number and item.name not in self._HAS_LIMITS and not 0 < value < math.inf:  # not < refuses nan too
+            if is_number and item.name not in have_limits and not 0 < value < math.inf:  # nan is not 0 < nan
                 raise UserError(f"--{item.name} must be positive, got {value}")
 
 
@@ -65,6 +63,7 @@ class DataConfig(Config):
 @dataclass(frozen=True)
 class RunConfig(Config):
     _argument_group_name = "run"
+    _have_limits = ("seed",)
 
     output_dir: str = setting("./output", "folder for all that the run leaves")
     overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
@@ -84,6 +83,7 @@ class RunConfig(Config):
 @dataclass(frozen=True)
 class OptimizationConfig(Config):
     _argument_group_name = "model and optimization"
+    _have_limits = ("weight_decay", "warmup_ratio")
 
     model_name_or_path: str = setting("google/flan-t5-base", "encoder-decoder model: hub name or folder")
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
@@ -157,6 +157,7 @@ class TrainingConfig(CheckpointConfig, OptimizationConfig, RunConfig, DataConfig
 @dataclass(frozen=True)
 class AdapterConfig(Config):
     _argument_group_name = "LoRA"
+    _have_limits = ("lora_dropout", "loraplus_lr_ratio")
 
     lora_r: int = setting(32, "rank of the adapter's matrices")
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
@@ -193,6 +194,7 @@ class LoraTrainingConfig(AdapterConfig, TrainingConfig):
 @dataclass(frozen=True)
 class ScoringConfig(Config):
     _argument_group_name = "models, generation and scoring"
+    _have_limits = ("example_index", "length_penalty")
 
     models: list[str] = setting(
         ["original=google/flan-t5-base", "full=./flan-t5-base-dialogsum-checkpoint",
@@ -249,7 +251,7 @@ def check_model_name(name: str, setting: str, demo: bool):
     if name in ("dialogue", "human summary") or " ".join(name.split()) != name:
         raise UserError(f"--{setting}: {name!r} cannot be a model's name: take a word of letters and digits")
     if "_vs_" in name:
-        raise UserError(f"--{setting}: {name!r} holds '_vs_', which stands between two names: take another name")
+        raise UserError(f"--{setting}: {name!r} contains '_vs_', which separates two names in a comparison")
     if demo and name == "random":
         raise UserError(f"--{setting}: with --demo, 'random' is the name of the random training summaries")
 

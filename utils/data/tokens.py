@@ -58,7 +58,7 @@ def tokenize_rows(
         }  # fmt: skip
 
     limits = [config.max_source_length, config.max_target_length]
-    content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), limits])
+    content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), *limits])
     cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
     with accelerator.main_process_first():
         cache_file.parent.mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,8 @@ def generate_summaries(
         )
     settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}
     versions = [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")]
-    of_model = [hash_model(model), describe_tokenizer(tokenizer)]
-    origin = hash_value([*of_model, settings, versions, accelerator.device.type])
+    model_identity = [hash_model(model), describe_tokenizer(tokenizer)]
+    origin = hash_value([*model_identity, settings, versions, accelerator.device.type])
     decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
     return dict(zip(distinct, summaries, strict=True))

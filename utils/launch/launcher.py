@@ -106,16 +106,22 @@ def check_training_settings(launch: Namespace | None, config: TrainingConfig):
 
     if find("mixed_precision") == "fp16":
         raise UserError(f"the launcher's mixed_precision is fp16: {FP16_REFUSAL}")
-    clipping = str(config.max_grad_norm), f"{config.max_grad_norm:g}"
-    from_sizes = "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
-    shapes = "micro-batches are of many shapes, and torch.compile would compile for each"
+    clipping = find("gradient_clipping")
+    with contextlib.suppress(ValueError):  # not a number: not set, or "auto"
+        clipping = "auto" if float(clipping) == config.max_grad_norm else clipping
+    if clipping not in ("", "auto"):
+        raise UserError(f"the launcher sets gradient_clipping to {clipping}; remove it: it is --max_grad_norm")
+    no = ("", "false", "no", "0")
+    accumulation = (
+        "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
+    )
+    compilation = "micro-batches are of many shapes, and torch.compile would compile for each"
     for name, allowed, why in (
         ("mixed_precision", ("", "no", config.mixed_precision), "precision is --mixed_precision"),
-        ("gradient_accumulation_steps", ("", "1"), from_sizes),
-        ("gradient_clipping", ("", "auto", *clipping), "it is --max_grad_norm"),
-        ("dynamo_backend", ("", "no"), shapes),
-        ("use_megatron_lm", ("", "false"), "DDP, DeepSpeed and FSDP2 are supported"),
-        ("use_parallelism_config", ("", "false"), "DDP, DeepSpeed and FSDP2 are supported"),
+        ("gradient_accumulation_steps", ("", "1"), accumulation),
+        ("dynamo_backend", ("", "no"), compilation),
+        ("use_megatron_lm", no, "only DDP, DeepSpeed and FSDP2 are supported"),
+        ("use_parallelism_config", no, "only DDP, DeepSpeed and FSDP2 are supported"),
     ):
         if find(name) not in allowed:
             raise UserError(f"the launcher sets {name} to {find(name)}; remove it: {why}")

@@ -41,9 +41,8 @@ def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> Pr
 
 def check_4bit(accelerator: Accelerator):
     if is_sharded(accelerator):
-        raise UserError(
-            f"--load_in_4bit: {accelerator.distributed_type.value} cannot shard 4-bit weights; leave it out"
-        )
+        strategy = accelerator.distributed_type.value
+        raise UserError(f"--load_in_4bit: {strategy} cannot shard 4-bit weights; leave it out")
     if accelerator.device.type != "cuda":
         raise UserError("--load_in_4bit needs a GPU, and there is none; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -1,5 +1,6 @@
 """A model without its weights, on the meta device: for what can be known before they are loaded."""
 
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -7,7 +8,6 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import cached_file
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
@@ -35,11 +35,7 @@ def load_shapes(name_or_path: str, config: PretrainedConfig, **settings: Any) ->
 
 def is_at_hand(name_or_path: str) -> bool:
     """Whether the weights are in a folder or in the hub's cache, or must be: where there is no hub to ask."""
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or Path(name_or_path).is_dir():
         return True
-    found = [
-        cached_file(name_or_path, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
-                    _raise_exceptions_for_connection_errors=False)
-        for file in WEIGHT_FILES
-    ]  # fmt: skip
-    return any(found)
+    cached = (huggingface_hub.try_to_load_from_cache(name_or_path, file) for file in WEIGHT_FILES)
+    return any(isinstance(path, str) for path in cached)  # it is no string for a file known not to exist

@@ -83,7 +83,7 @@ def format_example(example: dict[str, Any]) -> str:
 def format_markdown(results: dict[str, Any]) -> str:
     """The tables and conclusions for a pull request or an issue."""
     parts = ["# Summaries scored", *map(escape_markdown, results["conclusions"])]
-    for table in filter(lambda table: table.rows, build_tables(results)):
+    for table in [table for table in build_tables(results) if table.rows]:
         lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
         rows = "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
         parts += [f"**{escape_markdown(table.title)}**", rows]

@@ -50,12 +50,13 @@ def write_results(
         texts, truncated = zip(*texts_of_model, strict=True)
         models[name]["diagnostics"] = describe_texts(texts, sources, truncated)
         models[name]["training"] = read_training(paths[name]) if name in paths else None
-    pairs = [(text, source) for texts, source in zip(references, sources, strict=True) for text in texts]
+    texts_of_people = [text for texts in references for text in texts]
+    their_sources = [source for source, texts in zip(sources, references, strict=True) for _ in texts]
     results = {
         **header,
         "models": models,
         "comparisons": comparisons,
-        "references": describe_texts(*zip(*pairs, strict=True)),
+        "references": describe_texts(texts_of_people, their_sources),
         "num_dialogues": len(dialogues),
         "num_rows": sum(map(len, references)),
         "num_processes": PartialState().num_processes,

@@ -17,7 +17,7 @@ class Table(NamedTuple):
 
 
 def build_tables(results: dict[str, Any]) -> list[Table]:
-    """All tables that the reports show, in their order; one without rows is left out there."""
+    """All tables in the order shown; the reports skip those without rows."""
     tables = [build_scores(results), build_differences(results), build_diagnostics(results)]
     return [*tables, build_costs(results), build_facts(results.get("facts", {}))]
 

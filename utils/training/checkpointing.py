@@ -141,9 +141,9 @@ class Checkpointer:
         }
         if not self.accelerator.is_main_process:
             return
-        of_resume = {"lr_scheduler": self.lr_scheduler.state_dict(), "interval": interval}
-        of_resume["per_device_train_batch_size"] = self.batch_size
-        self.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | of_resume)
+        resume_state = {"lr_scheduler": self.lr_scheduler.state_dict(), "interval": interval}
+        resume_state["per_device_train_batch_size"] = self.batch_size
+        self.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | resume_state)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
     def save_if_best(self, step: int, value: float):

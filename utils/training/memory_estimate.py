@@ -100,10 +100,10 @@ def measure_micro_batch(
     """Most bytes that a fake model's forward and backward pass hold beside its parameters, and how many of them are
     logits. Gradients go, one by one, into what is there or is sharded, unless they are kept; with None there is no
     backward pass."""
-    n, num_targets = micro_batch.num_examples, micro_batch.num_target_tokens
-    sizes = {name: (n, micro_batch.source_length) for name in ("input_ids", "attention_mask")}
+    num_examples, num_targets = micro_batch.num_examples, micro_batch.num_target_tokens
+    sizes = {name: (num_examples, micro_batch.source_length) for name in ("input_ids", "attention_mask")}
     sizes |= {name: (num_targets,) for name in ("target_positions", "targets")}
-    sizes["decoder_input_ids"] = (n, micro_batch.target_length)
+    sizes["decoder_input_ids"] = (num_examples, micro_batch.target_length)
     batch = {name: torch.ones(size, dtype=torch.long, device=accelerator.device) for name, size in sizes.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = []
@@ -184,8 +184,6 @@ def estimate_memory(
     """Bytes on the main process, which holds most, of a model on the meta device: by part while it computes a
     gradient, and at other moments in all. On a CPU a checkpoint's copy and the export count too."""
     _, trained = count_bytes(model)
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    num_parameters, largest = sum(sizes), 4 * max(sizes)
     parts = share_out(accelerator, model)
     keep_gradients = not accumulating and not is_sharded(accelerator)
     with fake_model(model, accelerator.device, config.mixed_precision):
@@ -197,9 +195,9 @@ def estimate_memory(
     on_cpu = accelerator.device.type == "cpu"
     moments = {"validation, a checkpoint being written": resting + 3 * trained * on_cpu + no_gradients}
     if on_cpu:
-        # Sharded weights are gathered for it; each tensor is read back and compared by itself.
+        # Sharded weights are gathered for it; what is read back to be compared stays mapped.
         is_gathered = name_strategy(accelerator) in ("DEEPSPEED_ZERO3", "FSDP")
-        moments["the export"] = resting + trained * is_gathered + largest
+        moments["the export"] = resting + trained * is_gathered
         if getattr(config, "merge_into", None):  # what was trained has gone by then
-            moments["the merge"] = 4 * num_parameters
+            moments["the merge"] = 4 * sum(parameter.numel() for parameter in model.parameters())
     return parts, moments
