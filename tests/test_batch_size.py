@@ -94,7 +94,7 @@ def test_not_even_one_fits(flan_t5, data_files, tmp_path, set_memory):
 
 @pytest.mark.slow
 def test_auto_is_refused_on_a_cpu(tmp_path):
-    """Before anything is loaded: the run has 8 GB, and 48 rows in one micro-batch of a real model would take 37."""
+    """Before anything is loaded, in 8 GB: 48 such rows in one micro-batch of a real model would take 37."""
     model = write_flan_t5(tmp_path / "model")
     train_file = write_rows(tmp_path / "train.jsonl", make_rows(48))
     command = (
@@ -102,8 +102,8 @@ def test_auto_is_refused_on_a_cpu(tmp_path):
         "--per_device_train_batch_size", "auto",
     )  # fmt: skip
     limited = ("bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", sys.executable)
-    runs = run_command(*limited, *command, ACCELERATE_USE_CPU="true"), run_script(*command, "--preflight")
-    for run in runs:
+    for more in ((), ("--preflight",)):
+        run = run_command(*limited, *command, *more, ACCELERATE_USE_CPU="true")
         assert run.returncode == 2, run.stderr
         line = run.stderr.splitlines()[-1]
         assert line.startswith("train_full.py: error: --per_device_train_batch_size auto cannot tell what fits on cpu")

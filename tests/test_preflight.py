@@ -255,9 +255,9 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
         ("full", "no", "deepspeed_zero2", 4),
         ("full", "no", "deepspeed_zero3", 4),
         ("full", "no", "fsdp2", 4),
-        # Where the activations are most of it (the first), and where what comes after the training is.
+        # Where the activations are most of it (the first two), and where what comes after the training is.
         ("lora", "no", "one process", 16),
-        ("lora", "bf16", "one process", 2),
+        ("lora", "bf16", "one process", 4),
         ("lora", "bf16", "one process", 1),
         ("merge", "bf16", "one process", 1),
         ("merge", "bf16", "ddp", 1),

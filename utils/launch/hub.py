@@ -49,7 +49,7 @@ def _explain(error: Exception, name: str, kind: str) -> str:
     download = f"load it once where there is a network: python -c \"n='{name}'; {load}\""
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids to ask the hub; {download}"
-    everything = "".join(traceback.format_exception(error, limit=0))  # the whole chain, without stack frames
+    everything = "".join(traceback.format_exception(error, limit=0))  # with its causes, without stack frames
     if isinstance(error, datasets.exceptions.DatasetNotFoundError) or "RepositoryNotFoundError" in everything:
         return f"no such {kind} at {constants.ENDPOINT}, or a private one (hf auth login); a folder must exist"
     if "Connect" in everything or "Timeout" in everything:
