@@ -47,7 +47,7 @@ from utils.launch import stopping
 from utils.launch.output_dir import find_checkpoints, step_of
 from utils.launch.processes import leave_process_group
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
-from utils.training import checkpoint_files, checkpointing, loop, tracking, validation
+from utils.training import checkpoint_files, loop, tracking, validation
 from utils.training.checkpoint_files import CheckpointError, choose_checkpoint, verify_checkpoint
 
 SCRIPTS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
@@ -635,14 +635,14 @@ def test_an_unfinished_folder(paths, stopped, never_stopped, tmp_path, finished)
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_rotation(paths, tmp_path, monkeypatch, limit):
-    remove_checkpoint, kept = checkpointing.remove_checkpoint, []
+    remove_checkpoint, kept = checkpoint_files.remove_checkpoint, []
 
     def look_and_remove(folder):
         kept.append([path.name for path in find_checkpoints(tmp_path / "out")])
         assert verify_checkpoint(find_checkpoints(tmp_path / "out")[0])["step"] > step_of(folder)
         remove_checkpoint(folder)
 
-    monkeypatch.setattr(checkpointing, "remove_checkpoint", look_and_remove)
+    monkeypatch.setattr(checkpoint_files, "remove_checkpoint", look_and_remove)
     settings = {"checkpoints_total_limit": limit, "checkpointing_steps": 2, "eval_steps": 100}
     assert train("full", paths, tmp_path / "out", **settings) == 0
     steps = [f"step_{step:06d}" for step in (12, 10, 8, 6, 4, 2)]

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: written atomically, verified before it is used, and chosen by whose run it is.
+"""A checkpoint's folder: written atomically in a thread, verified before it is used, and chosen by whose run it is.
 
     checkpoints/step_000010/       model.safetensors       what is trained: all weights, or the adapter alone
                                    optimizer.safetensors   AdamW's moments, PARAMETER.exp_avg and so on
@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 
 from utils.config import TrainingConfig, UserError
 from utils.files import describe_file, flush_to_disk, hash_value, hash_weights, raise_disk_errors
-from utils.launch.output_dir import UNFINISHED, find_checkpoints
+from utils.launch.output_dir import UNFINISHED, find_checkpoints, step_of
 from utils.modeling.sharding import gather_tensor
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,50 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], 
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, and then removes those that they replace. For one process alone."""
+
+    def __init__(self, output_dir: Path, total_limit: int):
+        self.output_dir, self.total_limit = output_dir, total_limit
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future | None = None
+
+    def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
+        """Hand the writing to the thread; `wait` reports whether it worked."""
+        path = self.output_dir / "metrics.jsonl"
+        metrics = path.read_bytes() if path.exists() else b""
+        self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
+
+    def wait(self) -> str | None:
+        """Wait until the thread has written what it was given; returns the disk's error if that failed."""
+        if self.writing is None:
+            return None
+        writing, self.writing = self.writing, None
+        try:
+            return writing.result()
+        except OSError as error:
+            kept = find_checkpoints(self.output_dir)
+            text = f"{error.strerror or error}; the newest checkpoint is {kept[0].name if kept else 'none'}"
+            logger.warning("a checkpoint could not be written: %s", text)
+            return text
+
+    def write_and_rotate(self, folder: Path, tensors: dict, state: dict, metrics: bytes):
+        write_checkpoint(folder, tensors, state, metrics)
+        # Only now that it is there.
+        if folder.name.startswith("best"):
+            for path in find_checkpoints(self.output_dir, "best_step"):
+                if path != folder:
+                    remove_checkpoint(path)
+        else:
+            self.remove_older(state["step"])
+
+    def remove_older(self, step: int):
+        """Keep the newest total_limit up to `step`. Newer ones stay: the run resumed from before them."""
+        older = [path for path in find_checkpoints(self.output_dir) if step_of(path) < step]
+        for path in older[self.total_limit - 1 :]:
+            remove_checkpoint(path)
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:

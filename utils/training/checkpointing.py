@@ -12,7 +12,6 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,17 +22,17 @@ from safetensors.torch import load_file
 
 from utils.config import TrainingConfig, UserError
 from utils.files import write_file
-from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_folder, step_of
+from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_folder
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
 from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
 from utils.modeling.strategies import name_strategy
 from utils.training.checkpoint_files import (
+    CheckpointWriter,
     choose_checkpoint,
     find_best,
     fingerprint_model,
     identity_settings,
     remove_checkpoint,
-    write_checkpoint,
 )
 from utils.training.tracking import Interval, finish_trackers
 
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores one run. Every process has one; only the main one writes, in a thread of its own."""
+    """Saves and restores one run. Every process has one; only the main one writes."""
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]):
         """Find the checkpoint to resume from, on all processes alike: `folder` is None for a new run.
@@ -74,8 +73,7 @@ class Checkpointer:
         self.last_saved = self.last_step if is_here else 0  # into output_dir
         same = self.state and self.state["num_processes"] == accelerator.num_processes
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.writing: Future | None = None
+        self.writer = CheckpointWriter(self.output_dir, config.checkpoints_total_limit)
 
     def restore(
         self,
@@ -96,7 +94,7 @@ class Checkpointer:
             return self.interval
         if self.accelerator.is_main_process:
             # A kill may have prevented this cleanup.
-            self.remove_older(self.last_step)
+            self.writer.remove_older(self.last_step)
             for path in find_checkpoints(self.output_dir, "best_step") if self.best_folder else ():
                 if path.name != self.best_folder.name:
                     remove_checkpoint(path)
@@ -132,7 +130,7 @@ class Checkpointer:
         started = time.perf_counter()
         interval = self.interval.gather_state()
         self.last_step = self.last_saved = step
-        self.wait()  # before there is a second copy in memory
+        self.writer.wait()  # before there is a second copy in memory
         self.accelerator.wait_for_everyone()  # DeepSpeed's own process group waits for ten minutes only
         parameters = trainable_parameters(self.accelerator, self.model)
         tensors = {
@@ -143,7 +141,7 @@ class Checkpointer:
             return
         resume_state = {"lr_scheduler": self.lr_scheduler.state_dict(), "interval": interval}
         resume_state["per_device_train_batch_size"] = self.batch_size
-        self.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | resume_state)
+        self.writer.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | resume_state)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
     def save_if_best(self, step: int, value: float):
@@ -151,17 +149,17 @@ class Checkpointer:
         if self.best and self.best["value"] <= value:
             return
         self.best, self.best_folder = {"step": step, "value": value}, self.checkpoints_dir / f"best_step_{step:06d}"
-        self.wait()
+        self.writer.wait()
         self.accelerator.wait_for_everyone()
         parameters = trainable_parameters(self.accelerator, self.model)
         copies = self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items())
         if self.accelerator.is_main_process:
-            self.write(self.best_folder, {"model": copies}, self.describe_state(step))
+            self.writer.write(self.best_folder, {"model": copies}, self.describe_state(step))
 
     def stop(self, request: StopRequest, error: str | None = None) -> NoReturn:
         """Leave the run to be resumed: SystemExit with EXIT_STOPPED, or UserError if it is an error that ends it or if
         nothing could be written."""
-        failure = self.wait()
+        failure = self.writer.wait()
         written = self.last_step == 0 or has_checkpoint(self.output_dir, self.last_step)
         if self.accelerator.is_main_process:
             with contextlib.suppress(OSError):
@@ -182,7 +180,7 @@ class Checkpointer:
 
     def finish(self):
         """Wait for what is being written, take the best weights if that is asked for, and let go of the model."""
-        self.wait()
+        self.writer.wait()
         if self.config.load_best_model_at_end:
             self.load_best()
         del self.model, self.optimizer, self.lr_scheduler  # a merge needs their memory
@@ -218,41 +216,6 @@ class Checkpointer:
             "strategy": name_strategy(self.accelerator),
             "per_device_train_batch_size": self.config.per_device_train_batch_size,
         }
-
-    def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
-        """Hand the writing to the thread; `wait` reports whether it worked."""
-        path = self.output_dir / "metrics.jsonl"
-        metrics = path.read_bytes() if path.exists() else b""
-        self.writing = self.thread.submit(self.write_and_rotate, folder, tensors, state, metrics)
-
-    def wait(self) -> str | None:
-        """Wait until the thread has written what it was given; returns the disk's error if that failed."""
-        if self.writing is None:
-            return None
-        writing, self.writing = self.writing, None
-        try:
-            return writing.result()
-        except OSError as error:
-            kept = find_checkpoints(self.output_dir)
-            text = f"{error.strerror or error}; the newest checkpoint is {kept[0].name if kept else 'none'}"
-            logger.warning("a checkpoint could not be written: %s", text)
-            return text
-
-    def write_and_rotate(self, folder: Path, tensors: dict, state: dict, metrics: bytes):
-        write_checkpoint(folder, tensors, state, metrics)
-        # Only now that it is there.
-        if folder.name.startswith("best"):
-            for path in find_checkpoints(self.output_dir, "best_step"):
-                if path != folder:
-                    remove_checkpoint(path)
-        else:
-            self.remove_older(state["step"])
-
-    def remove_older(self, step: int):
-        """Keep the newest checkpoints_total_limit up to `step`. Newer ones stay: the run resumed from before them."""
-        older = [path for path in find_checkpoints(self.output_dir) if step_of(path) < step]
-        for path in older[self.config.checkpoints_total_limit - 1 :]:
-            remove_checkpoint(path)
 
 
 def trainable_parameters(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
