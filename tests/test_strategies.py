@@ -256,7 +256,7 @@ def test_zero3_loads_in_parts(tmp_path, monkeypatch):
                 assert report[key] == pytest.approx(float(weights[name].double().sum()), abs=1e-6)
             took[strategy, report["rank"]] = report["took_mib"]
     assert took["ddp", 1] > 0.9 * whole_mib
-    assert took["deepspeed_zero3", 1] < 0.6 * whole_mib  # 0.54: a half, and the largest tensor while it is shared out
+    assert took["deepspeed_zero3", 1] < 0.6 * whole_mib  # 0.56: a half, and the largest tensor while it is shared out
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
