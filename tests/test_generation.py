@@ -91,7 +91,7 @@ def test_beam_search_is_that_of_transformers(
     whose search ends when it is over; the encoder sees a prompt once, and not once for each beam."""
     model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
     model.generation_config.update(early_stopping=early_stopping, **generation_settings)
-    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[::-2]]).input_ids
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[::-1]]).input_ids
     num_computed, num_encoded = count_computed(model)
     settings = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 20}
     decoded = decode_batch(model, prompts, EvaluationConfig(**settings))
