@@ -1,11 +1,13 @@
-"""What several files of tests use: models of other families, a training in this process, gradients and logits."""
+"""What several files of tests use: models of other families, a training in this process, gradients and logits,
+peaks of memory."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, make_rows, read_jsonl, relative_difference
+from conftest import REPOSITORY, launch, make_rows, read_jsonl, relative_difference
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -93,6 +95,24 @@ def train_in_process(script, config_class, flan_t5, data_files, output_dir, **se
     script.main(config_class(**(common | settings)))
     lines = read_jsonl(output_dir / "metrics.jsonl")
     return {split: [line for line in lines if line["split"] == split] for split in ("train", "validation")}
+
+
+def read_bytes(screen: str, name: str) -> float:
+    """A line of what --preflight prints."""
+    number, unit = re.search(rf"^  {name} +([\d.,]+) (GB|MB)$", screen, flags=re.MULTILINE).groups()
+    return float(number.replace(",", "")) * {"GB": 1e9, "MB": 1e6}[unit]
+
+
+def estimate_and_measure_peak(strategy: str, command: list, folder: Path, timeout: int = 300) -> tuple[float, float]:
+    """Bytes of a training: the highest peak that --preflight estimates, and what its main process takes."""
+    preflight = launch(strategy, *command, "--preflight", lowered=False, timeout=timeout)
+    assert preflight.returncode == 0, preflight.stderr
+    moments = ["a gradient being computed, the sum", "validation, a checkpoint being written", "the export"]
+    moments += ["the merge"] * ("--merge_into" in command)
+    estimate = max(read_bytes(preflight.stdout, name) for name in moments)
+    run = launch(strategy, "tests/peak_memory_worker.py", folder, *command, lowered=False, timeout=timeout)
+    assert run.returncode == 0, run.stderr
+    return estimate, float((folder / "peak_0.txt").read_text())
 
 
 def compute_logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:

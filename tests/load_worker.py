@@ -1,7 +1,7 @@
 """Print how many MiB loading a model takes on this process: `load_worker.py MODEL`, under any launcher."""
 
 import json
-import resource
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peak_memory_worker import return_freed_memory
 
 from utils.config import TrainingConfig
 from utils.launch.processes import leave_process_group
@@ -18,14 +20,16 @@ from utils.modeling.strategies import start_accelerator
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 if __name__ == "__main__":
+    return_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         accelerator = start_accelerator(TrainingConfig(mixed_precision="no", output_dir=folder))
         tiny = load_model(sys.argv[1] + "-tiny", "sdpa", torch.float32)  # the libraries' own share
         accelerator.wait_for_everyone()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
         before = peak()
         model = load_model(sys.argv[1], "sdpa", torch.float32)
         for parameter in model.parameters():  # what is read from a mapped file counts once it has been looked at

@@ -1,11 +1,12 @@
 """Every strategy with a model of real width, fully and with LoRA: what tiny models cannot show.
 
-    python tests/real_sizes.py [--size small|base] > real_sizes.md
+    python tests/real_sizes.py [--part strategies|base|memory] > real_sizes.md
 
 In bf16 on two CPU processes, with flan-t5-small's shape: two updates with a validation and a checkpoint after each,
 the export and, of LoRA, the merge; the same resumed from update 1, which must end bit-identical; and resumed from
-there under the next strategy. Then flan-t5-base's shape under DDP and ZeRO-3, and an evaluation of two models. Prints
-a table row by row, and exits with 1 if a run failed or ended elsewhere. About 30 minutes on two cores.
+there under the next strategy. Then flan-t5-base's shape under DDP and ZeRO-3, and an evaluation of two models. Last,
+what --preflight estimates of memory against what is measured. Prints a table row by row, and exits with 1 if a run
+failed or ended elsewhere. About 40 minutes on two cores.
 
 `distance` is how far the exported weights are from one process' (when resumed: from the uninterrupted run's), relative
 to how far training moved them; of LoRA, relative to the adapter. The row "cut otherwise" says what rounding does
@@ -19,7 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from conftest import keep_checkpoint, launch, make_rows, read_jsonl, relative_difference, write_flan_t5, write_rows
+from helpers import estimate_and_measure_peak
 from safetensors.torch import load_file
 
 SHAPES = {
@@ -155,10 +159,36 @@ def try_base(table: Table, model: Path, files: dict[str, Path], folder: Path):
     table.print(*cells, f"exit code {finished.returncode}, {num_texts} texts")
 
 
+def compare_estimates(table: Table, model: Path, files: dict[str, Path], folder: Path):
+    """The training's peak that --preflight says, against the main process' own."""
+    for kind, precision, strategy in (
+        ("full", "bf16", "one process"), ("full", "no", "deepspeed_zero2"), ("full", "no", "deepspeed_zero3"),
+        ("full", "no", "fsdp2"), ("lora", "no", "one process"), ("lora", "bf16", "one process"),
+        ("lora", "bf16", "ddp"), ("lora", "bf16", "deepspeed_zero3"), ("lora", "bf16", "fsdp2"),
+    ):  # fmt: skip
+        started, here = time.perf_counter(), folder / "memory"
+        here.mkdir()
+        command = words(kind, model, files, here / "out", "--mixed_precision", precision)
+        estimate, measured = estimate_and_measure_peak(strategy, command, here, timeout=1200)
+        seconds = f"{time.perf_counter() - started:.0f}"
+        run = {"cells": (f"small, {kind} {precision}, {strategy}", "memory", seconds, f"{measured / 2**20:.0f}")}
+        # Estimates count what may be needed at once: a checkpoint that is still being written, and weights that stay
+        # mapped from their file.
+        table.end_row(run, None, estimate > 0.8 * measured, f"estimated as much: {estimate / 2**20:.0f}")
+        shutil.rmtree(here)
+
+
+PARTS = {
+    "strategies": ("small", compare_strategies),
+    "base": ("base", try_base),
+    "memory": ("small", compare_estimates),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, help="only this one")
-    size = parser.parse_args().size
+    parser.add_argument("--part", choices=PARTS, help="only this one")
+    part = parser.parse_args().part
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -166,9 +196,9 @@ def main():
             "train": write_rows(folder / "train.jsonl", make_rows(12)),
             "validation": write_rows(folder / "validation.jsonl", make_rows(4, seed=1)),
         }
-        for name, compare in (("small", compare_strategies), ("base", try_base)):
-            if size in (None, name):
-                model = write_flan_t5(folder / name, vocab_size=32128, dropout_rate=0.0, **SHAPES[name])
+        for name, (size, compare) in PARTS.items():
+            if part in (None, name):
+                model = write_flan_t5(folder / size, vocab_size=32128, dropout_rate=0.0, **SHAPES[size])
                 compare(table, model, files, folder)
                 shutil.rmtree(model)
     sys.exit(table.failed)

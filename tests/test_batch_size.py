@@ -102,12 +102,11 @@ def test_auto_is_refused_on_a_cpu(tmp_path):
         "--per_device_train_batch_size", "auto",
     )  # fmt: skip
     limited = ("bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", sys.executable)
-    for more in ((), ("--preflight",)):
-        run = run_command(*limited, *command, *more, ACCELERATE_USE_CPU="true")
-        assert run.returncode == 2, run.stderr
-        line = run.stderr.splitlines()[-1]
-        assert line.startswith("train_full.py: error: --per_device_train_batch_size auto cannot tell what fits on cpu")
-        assert "begin with 4" in line and "Traceback" not in run.stderr
+    run = run_command(*limited, *command, ACCELERATE_USE_CPU="true")
+    assert run.returncode == 2, run.stderr
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("train_full.py: error: --per_device_train_batch_size auto cannot tell what fits on cpu")
+    assert "begin with 4" in line and "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
 
 

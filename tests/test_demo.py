@@ -22,9 +22,10 @@ def demo(make_once):
     """The folder in which the three commands were run."""
 
     def fill(folder: Path):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         for script, seconds in (("train_lora", 240), ("train_full", 360), ("evaluate_rouge", 120)):
-            command = ["accelerate", "launch", REPOSITORY / f"{script}.py", "--demo"]
+            command, environment = warm_launch(REPOSITORY / f"{script}.py")
+            environment = os.environ | environment
+            command.append("--demo")
             run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
             assert run.returncode == 0, run.stderr
         (folder / "printed.txt").write_text(run.stdout)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, accelerate_launch, read_jsonl, run_command, run_script
 
+import utils.launch.launcher
 import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.launch.launcher import check_launcher, config_environment
@@ -79,23 +80,38 @@ def test_a_script_starts_with_settings_for_gpus(monkeypatch, script, setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_file", [False, True])
-def test_fewer_processes_than_asked_for(launch, tmp_path, by_file):
-    words = ["--cpu", "--num_processes", "2"]
-    if by_file:
-        words = ["--config_file", write_config(tmp_path / "a.yaml", MULTI_CPU)]
-    assert read_refusal(launch(*words, cold=True), tmp_path / "out") == (
+def test_fewer_processes_than_asked_for(launch, tmp_path):
+    assert read_refusal(launch("--cpu", "--num_processes", "2", cold=True), tmp_path / "out") == (
         "num_processes is 2 and accelerate launch has started 1; take --num_processes 1, or start 2 with: "
         "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train_lora.py"
     )
 
 
 @pytest.mark.slow
-def test_fewer_processes_in_an_evaluation(data_files, tmp_path):
-    """Started as a module, and with more words than the script's."""
-    words = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "evaluate_rouge.py")
-    run = run_command(*words, "--test_file", data_files["test"], "--models", "a=nowhere", "--output_dir", tmp_path)
-    assert "evaluate_rouge.py: error: num_processes is 2 and accelerate launch has started 1" in run.stderr
+def test_what_started_a_script_is_found(tmp_path):
+    """The launcher as a module, and with more words than its own."""
+    script = tmp_path / "script.py"
+    script.write_text("from utils.launch.launcher import find_launch_words\nprint(find_launch_words())\n")
+    words = ["--cpu", "--num_processes=2", str(script), "--test_file", "a.jsonl"]
+    run = run_command(sys.executable, "-m", "accelerate.commands.launch", *words, PYTHONPATH=str(REPOSITORY))
+    assert run.stdout == f"{words}\n", run.stderr
+
+
+def test_settings_on_the_launcher_s_command_line(monkeypatch, tmp_path):
+    """And in its file."""
+    by_file = ["--config_file", str(write_config(tmp_path / "a.yaml", MULTI_CPU)), "train_lora.py"]
+    for words, config, message in (
+        (by_file, TrainingConfig(), "num_processes is 2 and accelerate launch has started 1"),
+        (by_file, EvaluationConfig(), "num_processes is 2 and accelerate launch has started 1"),
+        (
+            ["--gradient_accumulation_steps", "4", "train_lora.py"],
+            TrainingConfig(),
+            "the launcher sets gradient_accumulation_steps to 4",
+        ),
+    ):
+        monkeypatch.setattr(utils.launch.launcher, "find_launch_words", lambda words=words: words)
+        with pytest.raises(UserError, match=message):
+            check_launcher(config)
 
 
 @pytest.mark.slow
@@ -111,32 +127,26 @@ def test_several_gpus_where_there_is_none(launch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings, words, message",
+    "settings, message",
     [
-        ({}, ["--gradient_accumulation_steps", "4"], "the launcher sets gradient_accumulation_steps to 4"),
         (
             ZERO2 | {"deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": "auto"}},
-            [],
             "the launcher sets gradient_accumulation_steps to auto; remove it: it follows from",
         ),
         (
             ZERO2 | {"deepspeed_config": {"zero_stage": 2, "gradient_clipping": 0.5}},
-            [],
             "the launcher sets gradient_clipping to 0.5; remove it: it is --max_grad_norm",
         ),
-        (ZERO2 | {"deepspeed_config": {"zero_stage": 0}}, [], "the launcher's zero_stage is 0, which shards nothing"),
+        (ZERO2 | {"deepspeed_config": {"zero_stage": 0}}, "the launcher's zero_stage is 0, which shards nothing"),
         pytest.param(
             FSDP2 | {"fsdp_config": {"fsdp_version": 2}},
-            [],
             "ACCELERATE_USE_FSDP is set, but what runs is MULTI_CPU: it needs GPUs",
             marks=no_gpu,
         ),
     ],
 )
-def test_settings_that_contradict_the_scripts(launch, tmp_path, settings, words, message):
-    if settings:
-        words = ["--config_file", write_config(tmp_path / "a.yaml", settings)]
-    run = launch(*words, cold=not settings, DS_ACCELERATOR="cpu")  # then only the launcher's words say it
+def test_settings_that_contradict_the_scripts(launch, tmp_path, settings, message):
+    run = launch("--config_file", write_config(tmp_path / "a.yaml", settings), DS_ACCELERATOR="cpu")
     assert read_refusal(run, tmp_path / "out").startswith(message)
 
 
