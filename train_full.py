@@ -20,6 +20,7 @@ from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model
+from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_model, load_tokenizer
 from utils.modeling.strategies import start_accelerator
 from utils.training.checkpointing import Checkpointer
@@ -41,6 +42,7 @@ def main(config: TrainingConfig):
         config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight
     )
     check_sizes(model, tokenizer, config)
+    fuse(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

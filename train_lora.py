@@ -18,6 +18,7 @@ from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model
+from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_tokenizer
 from utils.modeling.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
 from utils.modeling.strategies import start_accelerator
@@ -38,6 +39,7 @@ def main(config: LoraTrainingConfig):
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = add_lora(load_frozen_base(accelerator, config), config)
     check_sizes(model, tokenizer, config)
+    fuse(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

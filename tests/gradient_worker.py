@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import TrainingConfig
-from utils.data.batching import gradient_accumulation_steps, measure_lengths, plan_steps, select_examples
+from utils.data.batching import measure_lengths, plan_steps, select_examples
 from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
@@ -36,7 +36,6 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
     plan = plan_steps(lengths, *sizes, config.seed, accelerator.process_index, world, range(1))
     batches = list(load_batches(accelerator, model, data, plan))
     num_target_tokens = int(lengths[select_examples(len(lengths), sizes[0], config.seed, 0), 1].sum())
-    assert len(batches) == gradient_accumulation_steps(len(lengths), *sizes, world)
     compute_gradient(accelerator, model, batches, num_target_tokens)
     if accelerator.is_main_process:
         gradients = {name: p.grad for name, p in accelerator.unwrap_model(model).named_parameters()}

@@ -33,7 +33,7 @@ LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.
 EVALUATION_FILES = ["predictions.jsonl", "report.html", "report.md", "results.json"]
 METRICS = {
     "train": {"step", "split", "loss", "learning_rate", "grad_norm", "num_examples", "num_target_tokens"}
-    | {"samples_per_second", "padding_efficiency", "peak_memory_mib"}
+    | {"micro_batches_per_update", "samples_per_second", "padding_efficiency", "peak_memory_mib"}
     | {"target_tokens_per_second", "model_flops_per_second", "data_wait_share"},
     "validation": {"step", "split", "loss", "num_examples", "num_target_tokens"},
 }

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.data.batching import gradient_accumulation_steps, micro_batch_cost, plan_micro_batches
+from utils.data.batching import micro_batch_cost, plan_micro_batches
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -42,15 +42,15 @@ def read_lengths(tokenizer_path: str, train_file: str) -> np.ndarray:
 
 
 def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float]:
-    num_turns = gradient_accumulation_steps(len(lengths), total, PER_DEVICE, num_ranks)
     limit = PER_DEVICE * lengths.max(axis=0)
     rng = np.random.default_rng(0)
-    real = computed = busy = slowest = seconds = 0
+    real = computed = busy = slowest = seconds = num_turns = 0
     for _ in range(NUM_STEPS):
         examples = rng.choice(len(lengths), size=total, replace=False)
         started = time.perf_counter()
-        plan = [plan_micro_batches(examples, lengths, num_turns, rank, num_ranks, limit) for rank in range(num_ranks)]
+        plan = [plan_micro_batches(examples, lengths, rank, num_ranks, limit) for rank in range(num_ranks)]
         seconds += time.perf_counter() - started
+        num_turns += len(plan[0])
         sizes = np.array([[(len(batch), *lengths[batch].max(axis=0, initial=0)) for batch in rank] for rank in plan])
         num_examples, longest_source, longest_target = np.moveaxis(sizes, 2, 0)
         costs = micro_batch_cost(num_examples, longest_source, longest_target)
@@ -59,7 +59,7 @@ def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float
         busy += costs.mean(axis=0).sum()
         slowest += costs.max(axis=0).sum()
     return {
-        "num_ranks": num_ranks, "total_train_batch_size": total, "num_turns": num_turns,
+        "num_ranks": num_ranks, "total_train_batch_size": total, "num_turns": num_turns / NUM_STEPS,
         "efficiency": float(real / computed), "balance": float(busy / slowest),
         "plan_seconds": seconds / NUM_STEPS / num_ranks,
     }  # fmt: skip

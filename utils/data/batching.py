@@ -27,18 +27,47 @@ def num_steps_per_epoch(num_examples: int, total_train_batch_size: int) -> int:
     return max(1, num_examples // total_train_batch_size)
 
 
-def gradient_accumulation_steps(
-    num_examples: int, total_train_batch_size: int, per_device_batch_size: int, world: int
-) -> int:
-    """Micro-batches that each of `world` processes computes for one step: the gradient accumulation steps."""
-    return math.ceil(min(num_examples, total_train_batch_size) / (per_device_batch_size * world))
-
-
 def select_examples(num_examples: int, total_train_batch_size: int, seed: int, step: int) -> np.ndarray:
     """Indices of the examples of a step, counted from 0; each epoch is a permutation of its own."""
     epoch, step_in_epoch = divmod(step, num_steps_per_epoch(num_examples, total_train_batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     return order[step_in_epoch * total_train_batch_size :][:total_train_batch_size]
+
+
+def gradient_accumulation_steps(examples: np.ndarray, lengths: np.ndarray, world: int, token_limit: np.ndarray) -> int:
+    """Micro-batches that each of `world` processes computes for the examples of a step: the fewest that keep to the
+    limit.
+
+    Args:
+        lengths, token_limit: as for plan_micro_batches.
+    """
+    shares = divide(examples, lengths, world)
+    return max(math.ceil(len(pack(lengths[share], token_limit)) / len(ranks)) for share, ranks in shares)
+
+
+def divide(examples: np.ndarray, lengths: np.ndarray, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The examples, longest first, and the ranks that compute them. The dynamic programming's time grows with the
+    square of the examples: large steps are dealt to groups of ranks, each of which plans its share of long and short
+    ones by itself."""
+    source_lengths, target_lengths = lengths[examples].T
+    longest_first = examples[np.lexsort((examples, -target_lengths, -source_lengths))]
+    num_groups = min(world, math.ceil(len(examples) / MOST_EXAMPLES_PLANNED_TOGETHER))
+    groups = np.array_split(np.arange(world), num_groups)
+    return [(longest_first[np.isin(np.arange(len(examples)) % world, group)], group) for group in groups]
+
+
+def pack(lengths: np.ndarray, token_limit: np.ndarray) -> list[int]:
+    """Sizes of the fewest contiguous pieces that keep to the limit: each takes as many examples as it can, which is
+    best because whatever is left out of a piece that fits, the rest fits too."""
+    most_source, most_target = token_limit.tolist()
+    sizes, size, longest_source, longest_target = [], 0, 0, 0
+    for source, target in lengths.tolist():
+        longest_source, longest_target = max(longest_source, source), max(longest_target, target)
+        if size and ((size + 1) * longest_source > most_source or (size + 1) * longest_target > most_target):
+            sizes.append(size)
+            size, longest_source, longest_target = 0, source, target
+        size += 1
+    return [*sizes, size]
 
 
 def cut_micro_batches(
@@ -59,8 +88,8 @@ def cut_micro_batches(
     """
     n = len(lengths)
     source_lengths, target_lengths = lengths.T
-    # Pieces much larger than the average gain nothing and only make the table wide.
-    largest_size = min(n, 4 * math.ceil(n / num_micro_batches))
+    # Pieces much larger than the average gain nothing, unless they must be, and only make the table wide.
+    largest_size = min(n, max(4 * math.ceil(n / num_micro_batches), *pack(lengths, token_limit)))
     sizes = np.arange(largest_size, -1, -1)
     if n >= num_micro_batches:
         sizes = sizes[:-1]  # no piece is empty
@@ -101,24 +130,20 @@ def micro_batch_cost(num_examples: int, longest_source: np.ndarray, longest_targ
 
 
 def plan_micro_batches(
-    examples: np.ndarray, lengths: np.ndarray, num_turns: int, rank: int, world: int, token_limit: np.ndarray
+    examples: np.ndarray, lengths: np.ndarray, rank: int, world: int, token_limit: np.ndarray
 ) -> list[np.ndarray]:
-    """The micro-batches of one rank, turn by turn, when the examples are cut into exactly world x num_turns.
+    """The micro-batches of one rank, turn by turn: gradient_accumulation_steps of them.
 
     Sorting and cutting inside the step changes no gradient, since the loss is normalised by the whole step's target
     tokens. With fewer examples than micro-batches some are empty; they still take part in the collectives.
 
     Args:
         lengths: (num_examples in the set, 2), source and target tokens.
-        token_limit: (2,), the most source and target tokens of a micro-batch, padding included.
+        token_limit: (2,), the most source and target tokens of a micro-batch, padding included. With those of N
+            examples of full length it takes no more memory than they do: attention's squares are smaller, too.
     """
-    source_lengths, target_lengths = lengths[examples].T
-    longest_first = examples[np.lexsort((examples, -target_lengths, -source_lengths))]
-    # The dynamic programming's time grows with the square of the examples: large steps are dealt to groups of ranks,
-    # each of which plans its share of long and short ones by itself.
-    num_groups = min(world, math.ceil(len(examples) / MOST_EXAMPLES_PLANNED_TOGETHER))
-    group = next(ranks for ranks in np.array_split(np.arange(world), num_groups) if rank in ranks)
-    share = longest_first[np.isin(np.arange(len(examples)) % world, group)]
+    num_turns = gradient_accumulation_steps(examples, lengths, world, token_limit)
+    share, group = next((share, ranks) for share, ranks in divide(examples, lengths, world) if rank in ranks)
     return cut_and_deal(share, lengths, num_turns, len(group), token_limit)[rank - group[0]]
 
 
@@ -164,23 +189,21 @@ def plan_steps(
     steps: Iterable[int],
 ) -> Iterator[np.ndarray]:
     """The micro-batches of one rank, turn by turn, for each of `steps`."""
-    num_turns = gradient_accumulation_steps(len(lengths), total_train_batch_size, per_device_train_batch_size, world)
     token_limit = per_device_train_batch_size * lengths.max(axis=0)
     for step in steps:
         examples = select_examples(len(lengths), total_train_batch_size, seed, step)
-        yield from plan_micro_batches(examples, lengths, num_turns, rank, world, token_limit)
+        yield from plan_micro_batches(examples, lengths, rank, world, token_limit)
 
 
 def plan_pass(lengths: np.ndarray, per_device_batch_size: int, rank: int, world: int) -> Iterator[np.ndarray]:
     """The micro-batches of one rank in one pass over the whole set, for evaluation."""
     token_limit = per_device_batch_size * lengths.max(axis=0)
     longest_first = np.lexsort((-lengths[:, 1], -lengths[:, 0]))
-    # Eight turns are planned together: enough to save most padding, and few enough to plan in no time.
+    # Some turns are planned together: enough to save most padding, and few enough to plan in no time.
     size = 8 * per_device_batch_size * world
     for start in range(0, len(longest_first), size):
         examples = longest_first[start : start + size]
-        num_turns = math.ceil(len(examples) / (per_device_batch_size * world))
-        yield from plan_micro_batches(examples, lengths, num_turns, rank, world, token_limit)
+        yield from plan_micro_batches(examples, lengths, rank, world, token_limit)
 
 
 def collate(examples: dict[str, list], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -46,11 +46,11 @@ def load_steps(
     total, rank, world = config.total_train_batch_size, accelerator.process_index, accelerator.num_processes
     plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, (number - 1 for number in numbers))
     batches = load_batches(accelerator, model, data, plan)
-    num_turns = gradient_accumulation_steps(len(lengths), total, batch_size, world)
     for number in numbers:
         started = time.perf_counter()
         examples = select_examples(len(lengths), total, config.seed, number - 1)
         num_source_tokens, num_target_tokens = (int(tokens) for tokens in lengths[examples].sum(axis=0))
+        num_turns = gradient_accumulation_steps(examples, lengths, world, batch_size * lengths.max(axis=0))
         micro_batches = list(itertools.islice(batches, num_turns))
         waited = time.perf_counter() - started
         yield Step(number, batch_size, micro_batches, len(examples), num_source_tokens, num_target_tokens, waited)

@@ -151,7 +151,7 @@ def describe_plan(
 ) -> list[str]:
     everywhere = [micro_batch for share in micro_batches for micro_batch in share]
     num_planned = min(num_steps, NUM_STEPS_PLANNED)
-    per_update = len(micro_batches[0]) // num_planned
+    per_update = len(micro_batches[0]) / num_planned
     efficiency = sum(m.num_tokens for m in everywhere) / sum(m.num_computed_tokens for m in everywhere)
     largest = find_largest(everywhere)
     auto = "; auto: as many as fit, here one at a time" * (config.per_device_train_batch_size == "auto")
@@ -159,7 +159,7 @@ def describe_plan(
         "",
         f"steps       {num_steps:,} updates of {num_examples:,} examples; validation every "
         f"{config.eval_steps:,}, a checkpoint every {config.checkpointing_steps:,}",
-        f"plan        {per_update} micro-batch{'es' * (per_update > 1)} per update and process{auto}",
+        f"plan        {per_update:.1f} micro-batches per update and process{auto}",
         f"            {efficiency:.3f} of the computed tokens are no padding, in the first {num_planned} updates",
         f"            largest micro-batch: {largest.num_examples} examples of up to {largest.source_length:,} source "
         f"and {largest.target_length:,} target tokens",

@@ -38,6 +38,8 @@ class Interval:
 
     loss_sum: torch.Tensor | float = 0.0  # this process's, on the device
     num_computed_tokens: int = 0  # this process's, padding included
+    num_updates: int = 0
+    num_micro_batches: int = 0  # every process has as many
     num_examples: int = 0  # over all processes, as are the two token counts below
     num_source_tokens: int = 0
     num_target_tokens: int = 0
@@ -48,6 +50,8 @@ class Interval:
 
     def add(self, step: Step, loss_sum: torch.Tensor, learning_rate: float, grad_norm: float, seconds: float):
         self.loss_sum = self.loss_sum + loss_sum
+        self.num_updates += 1
+        self.num_micro_batches += len(step.micro_batches)
         for batch in step.micro_batches:
             self.num_computed_tokens += batch["input_ids"].numel() + batch["decoder_input_ids"].numel()
         self.num_examples += step.num_examples
@@ -75,6 +79,7 @@ class Interval:
             "grad_norm": self.grad_norm,
             "num_examples": self.num_examples,
             "num_target_tokens": self.num_target_tokens,
+            "micro_batches_per_update": self.num_micro_batches / self.num_updates,
             "samples_per_second": self.num_examples / self.seconds,
             "target_tokens_per_second": self.num_target_tokens / self.seconds,
             "model_flops_per_second": flops / self.seconds,

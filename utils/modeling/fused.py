@@ -1,0 +1,90 @@
+"""The functions of stock transformers in fewer, larger kernels, for training. `fuse` puts them into a loaded model,
+whose weights, their names and what is saved stay as they are. A family that is not named here runs as it is.
+
+    NewGELUActivation       torch's GELU with approximate="tanh": one kernel for eight, which keeps its input alone
+    T5LayerNorm             torch's RMSNorm: as there, the mean of the squares is taken in fp32
+    T5DenseGatedActDense    under autocast, activations stay bf16 on their way to `wo`, which would be given them in
+                            fp32 and cast them back
+    T5Attention             positions and mask are merged once for all layers of a stack and not in each of them;
+                            cross-attention, which has no positions, takes the mask as it is
+"""
+
+import torch
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
+
+
+def fuse(model: PreTrainedModel):
+    for module in model.modules():
+        if type(module) in FUSED and not (
+            type(module) is T5Attention and module.config._attn_implementation != "sdpa"
+        ):
+            module.__class__ = FUSED[type(module)]
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, GELUTanh())
+
+
+class FusedT5LayerNorm(T5LayerNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
+
+
+class FusedT5DenseGatedActDense(T5DenseGatedActDense):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(hidden_states.device.type):
+            return super().forward(hidden_states)
+        return self.wo(self.dropout(self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)))
+
+
+class FusedT5Attention(T5Attention):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        past_key_values: object = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """The attention, and what the next layer of the stack gets as position_bias: positions and mask in one.
+
+        Args:
+            hidden_states: (examples, queries, d_model). key_value_states: (examples, keys, d_model).
+            mask: broadcast to (examples, heads, queries, keys), False where a key is not to be seen.
+            position_bias: (examples, heads, queries, keys), from the layer before.
+        """
+        if past_key_values is not None:  # in decoding
+            return super().forward(
+                hidden_states, mask, key_value_states, position_bias, past_key_values=past_key_values, **kwargs
+            )
+        is_self_attention = key_value_states is None
+        attended = hidden_states if is_self_attention else key_value_states
+        query, key, value = (
+            projection(states).unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
+            for projection, states in ((self.q, hidden_states), (self.k, attended), (self.v, attended))
+        )
+        if is_self_attention and position_bias is None:
+            num_queries, num_keys = query.shape[2], key.shape[2]
+            if mask is None and self.is_causal:
+                mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril()
+            position_bias = self.compute_bias(num_queries, num_keys, query.device).to(query.dtype)
+            if mask is not None:
+                position_bias = position_bias.where(mask, torch.finfo(query.dtype).min)
+            position_bias = position_bias.contiguous()  # GPU kernels take no other
+        attention = scaled_dot_product_attention(
+            query, key, value, attn_mask=position_bias if is_self_attention else mask,
+            dropout_p=self.dropout if self.training else 0.0, scale=self.scaling,
+        )  # fmt: skip
+        return self.o(attention.transpose(1, 2).flatten(-2)), position_bias, None
+
+
+FUSED = {
+    T5LayerNorm: FusedT5LayerNorm,
+    T5DenseGatedActDense: FusedT5DenseGatedActDense,
+    T5Attention: FusedT5Attention,
+}
