@@ -39,6 +39,7 @@ from utils.data.tokens import tokenize_rows
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.lora import add_lora
 from utils.modeling.passes import clip_gradient
+from utils.modeling.strategies import start_accelerator
 from utils.prompting import build_prompt
 from utils.training.step import compute_gradient
 
@@ -53,6 +54,15 @@ def fresh_accelerator():
 def test_gradient_is_that_of_one_batch(flan_t5, data_files, tmp_path, per_device):
     save_gradient(str(flan_t5), str(data_files["train"]), "40", per_device, tmp_path / "gradient.pt")
     check_gradient(flan_t5, torch.load(tmp_path / "gradient.pt", weights_only=True), 1)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_without_bf16_is_named(tmp_path, monkeypatch, caplog, has_bf16):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state(True)
+        start_accelerator(TrainingConfig(output_dir=str(tmp_path), mixed_precision=precision))
+    assert caplog.text.count("this CPU has no instructions for bf16") == (not has_bf16)
 
 
 # Two processes, and three, which do not divide 40; with 300 per device, one micro-batch on each.

@@ -1,6 +1,6 @@
 """Compare the scripts' training speed with Seq2SeqTrainer's, on the same rows, model and updates of 128 examples.
 
-    python tests/benchmarks/compare_trainer.py MODEL TRAIN_FILE [--repeats 3] [--updates 3] [--output_dir FOLDER]
+    python tests/benchmarks/compare_trainer.py MODEL TRAIN_FILE [--mixed_precision no] [--repeats 3] [--updates 3]
 
 Each run is a process of its own on two threads, in turn, as often as asked: what else the machine does hits all alike.
 The first update of a run warms up and is not counted. Ratios are taken within a turn. MODEL is a folder with a
@@ -25,7 +25,7 @@ PAIRS = {
     "LoRA": ("train_lora.py", "lora"),
     "LoRA, both bf16 base": ("train_lora.py", "lora_bf16_base"),
 }
-SAMPLINGS = ("random", "group_by_length")
+SAMPLINGS = ("random", "group_by_length", "batch_rebalance")  # the Trainer's train_sampling_strategy
 
 
 def run(words: list[str]) -> str:
@@ -38,11 +38,12 @@ def run(words: list[str]) -> str:
     return finished.stdout
 
 
-def measure_ours(script: str, model: str, train_file: str, num_updates: int) -> dict[str, float]:
+def measure_ours(script: str, model: str, train_file: str, num_updates: int, precision: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run([
             script, "--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder,
             "--total_train_batch_size", "128", "--max_train_steps", str(num_updates), "--logging_steps", "1",
+            "--mixed_precision", precision,
         ])  # fmt: skip
         metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steady = metrics[1:]
@@ -55,8 +56,10 @@ def measure_ours(script: str, model: str, train_file: str, num_updates: int) -> 
     }
 
 
-def measure_trainer(mode: str, sampling: str, model: str, train_file: str, num_updates: int) -> dict[str, float]:
-    words = ["tests/benchmarks/run_trainer.py", model, train_file, mode, sampling, str(num_updates)]
+def measure_trainer(
+    mode: str, sampling: str, model: str, train_file: str, num_updates: int, precision: str
+) -> dict[str, float]:
+    words = ["tests/benchmarks/run_trainer.py", model, train_file, mode, sampling, str(num_updates), precision]
     return json.loads(run(words).splitlines()[-1])
 
 
@@ -76,7 +79,7 @@ def summarize(turns: list[dict[str, dict]]) -> dict[str, dict]:
 def draw(results: dict[str, dict], path: Path):
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    names = {"ours": "these scripts", "random": "Seq2SeqTrainer", "group_by_length": "Seq2SeqTrainer, group_by_length"}
+    names = {"ours": "these scripts"} | {sampling: f"Seq2SeqTrainer, {sampling}" for sampling in SAMPLINGS}
     for offset, (name, label) in enumerate(names.items()):
         speeds = [pair[name]["samples_per_second"] for pair in results.values()]
         medians = [speed["median"] for speed in speeds]
@@ -85,11 +88,11 @@ def draw(results: dict[str, dict], path: Path):
             [speed["high"] - speed["median"] for speed in speeds],
         ]
         axes.bar(
-            [index + 0.27 * (offset - 1) for index in range(len(results))], medians, 0.25, yerr=errors, label=label
+            [index + 0.21 * (offset - 1.5) for index in range(len(results))], medians, 0.2, yerr=errors, label=label
         )
     axes.set_xticks(range(len(results)), list(results))
     axes.set(ylabel="samples per second", title="Training speed on two CPU cores (median and range)")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
@@ -97,11 +100,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("train_file")
+    parser.add_argument("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no where a CPU has no bf16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     inputs = (str(Path(arguments.model).resolve()), str(Path(arguments.train_file).resolve()), arguments.updates)
+    inputs += (arguments.mixed_precision,)
     results = {}
     for pair, (script, mode) in PAIRS.items():
         turns = []

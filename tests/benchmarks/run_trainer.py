@@ -1,7 +1,7 @@
 """Fine-tune with transformers' Seq2SeqTrainer, as its users do, and print speed and memory: compare_trainer.py's other
 side.
 
-    python tests/benchmarks/run_trainer.py MODEL TRAIN_FILE {full,lora,lora_bf16_base} {random,group_by_length} UPDATES
+    python tests/benchmarks/run_trainer.py MODEL TRAIN_FILE {full,lora,lora_bf16_base} SAMPLING UPDATES {bf16,no}
 """
 
 import json
@@ -43,7 +43,7 @@ class Stopwatch(TrainerCallback):
             self.num_computed += real.numel()
 
 
-def main(model_path: str, train_file: str, mode: str, sampling: str, num_updates: str):
+def main(model_path: str, train_file: str, mode: str, sampling: str, num_updates: str, precision: str):
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     dtype = torch.bfloat16 if mode == "lora_bf16_base" else torch.float32
     model = AutoModelForSeq2SeqLM.from_pretrained(model_path, dtype=dtype)
@@ -63,8 +63,9 @@ def main(model_path: str, train_file: str, mode: str, sampling: str, num_updates
     with tempfile.TemporaryDirectory() as folder:
         arguments = Seq2SeqTrainingArguments(
             folder, per_device_train_batch_size=16, gradient_accumulation_steps=8, max_steps=int(num_updates),
-            bf16=True, learning_rate=1e-3, weight_decay=0.01, max_grad_norm=1.0, train_sampling_strategy=sampling,
-            save_strategy="no", logging_steps=1, report_to="none", use_cpu=not torch.cuda.is_available(),
+            bf16=precision == "bf16", learning_rate=1e-3, weight_decay=0.01, max_grad_norm=1.0,
+            train_sampling_strategy=sampling, save_strategy="no", logging_steps=1, report_to="none",
+            use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         collator = DataCollatorForSeq2Seq(tokenizer, model=model)
         trainer = Seq2SeqTrainer(model, arguments, collator, data, callbacks=[stopwatch])
