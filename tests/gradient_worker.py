@@ -33,8 +33,8 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
     lengths = measure_lengths(data)
     sizes = config.total_train_batch_size, config.per_device_train_batch_size
     world = accelerator.num_processes
-    plan = plan_steps(lengths, *sizes, config.seed, accelerator.process_index, world, range(1))
-    batches = list(load_batches(accelerator, model, data, plan))
+    (plan,) = plan_steps(lengths, *sizes, config.seed, accelerator.process_index, world, 1e6, range(1))
+    batches = list(load_batches(accelerator, model, data, iter(plan)))
     num_target_tokens = int(lengths[select_examples(len(lengths), sizes[0], config.seed, 0), 1].sum())
     compute_gradient(accelerator, model, batches, num_target_tokens)
     if accelerator.is_main_process:

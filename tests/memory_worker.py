@@ -23,6 +23,7 @@ import utils.training.batch_size
 import utils.training.loop
 import utils.training.step
 from utils.config import TrainingConfig
+from utils.data.batching import LAUNCH_COSTS
 from utils.launch.processes import leave_process_group
 
 SECONDS = 90  # of about 10: a process that waits in vain says where, and ends
@@ -60,6 +61,7 @@ def main(model_path: str, train_file: str, output_dir: str, short_rank: str, tok
         return compute_gradient(accelerator, model, micro_batches, *arguments, **options)
 
     utils.modeling.strategies.check_auto = lambda accelerator, config: None  # the CPU stands for a GPU
+    LAUNCH_COSTS["cpu"] = LAUNCH_COSTS["cuda"]
     T5ForConditionalGeneration.forward = limited_forward
     utils.training.loop.find_batch_size = watched_find_batch_size
     utils.training.step.compute_gradient = watched_compute_gradient

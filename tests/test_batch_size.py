@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import train_full
 from utils.config import TrainingConfig, UserError
+from utils.data.batching import LAUNCH_COSTS
 from utils.prompting import build_prompt
 
 
@@ -30,6 +31,7 @@ from utils.prompting import build_prompt
 def set_memory(monkeypatch):
     """A function that sets how many source tokens, padding included, fit into a forward pass from call `first` on."""
     monkeypatch.setattr("utils.modeling.strategies.check_auto", lambda accelerator, config: None)
+    monkeypatch.setitem(LAUNCH_COSTS, "cpu", LAUNCH_COSTS["cuda"])
     forward = T5ForConditionalGeneration.forward
 
     def limit(num_tokens: int, first: int = 0, last: float = float("inf")):

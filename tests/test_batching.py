@@ -1,5 +1,6 @@
 """The plan of a step: the same examples for any number of processes, each once, little padding."""
 
+import contextlib
 import itertools
 import math
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from utils.data.batching import (
+    LAUNCH_COSTS,
+    choose_num_pieces,
     collate,
     cut_micro_batches,
-    gradient_accumulation_steps,
     micro_batch_cost,
     num_steps_per_epoch,
     pack,
@@ -42,26 +44,27 @@ def test_dialogsum_has_48_steps():
         ([(10, 5)] + [(1, 1)] * 60, 10, 1, 3),
     ],
 )
-def test_accumulation_follows_from_the_lengths(lengths, per_device, world, turns):
+def test_as_few_turns_as_the_lengths_allow(lengths, per_device, world, turns):
+    """Where launches are what costs."""
     lengths = np.array(lengths)
     limit = per_device * lengths.max(axis=0)
-    assert gradient_accumulation_steps(np.arange(len(lengths)), lengths, world, limit) == turns
+    assert len(plan_micro_batches(np.arange(len(lengths)), lengths, 0, world, limit, 1e6)) == turns
 
 
+@pytest.mark.parametrize("launch_cost", [0, 20, 100, 1e6])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_cut_has_fewer_pieces(seed):
+def test_no_number_of_pieces_costs_less(seed, launch_cost):
     lengths = np.random.default_rng(seed).integers(1, (50, 9), size=(10, 2))
     lengths = lengths[np.argsort(-lengths[:, 0])]
-    limit = 2 * lengths.max(axis=0)
-    sizes = pack(lengths, limit)
-    cuts = itertools.chain(*(itertools.combinations(range(1, 10), number) for number in range(10)))
-    fitting = [
-        len(pieces)
-        for pieces in (np.split(lengths, cut) for cut in cuts)
-        if all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
-    ]
-    assert len(sizes) == min(fitting) and sum(sizes) == 10
-    assert all((len(piece) * piece.max(axis=0) <= limit).all() for piece in np.split(lengths, np.cumsum(sizes)[:-1]))
+    limit = 3 * lengths.max(axis=0)
+    costs = {}
+    for number in range(1, 11):
+        with contextlib.suppress(ValueError):  # no cut into so many keeps to the limit
+            costs[number] = cheapest_cut(lengths, number, limit, math.inf) + number * launch_cost
+    number = choose_num_pieces(lengths, limit, launch_cost)
+    assert costs[number] == min(costs.values())
+    if launch_cost == 1e6:
+        assert number == min(costs) == len(pack(lengths, limit))
 
 
 def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew():
@@ -79,13 +82,18 @@ def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew(
 def test_every_process_does_its_part_of_the_same_step(world, per_device):
     limit = per_device * LENGTHS.max(axis=0)
     for step in range(3):
-        plans = [list(plan_steps(LENGTHS, 256, per_device, 42, rank, world, [step])) for rank in range(world)]
+        plans = [plan_step(LENGTHS, 256, per_device, 42, rank, world, step) for rank in range(world)]
         examples = select_examples(12460, 256, 42, step)
-        assert {len(plan) for plan in plans} == {gradient_accumulation_steps(examples, LENGTHS, world, limit)}
+        assert len({len(plan) for plan in plans}) == 1
         assert len(plans[0]) <= math.ceil(256 / (per_device * world))
         padded = [len(batch) * LENGTHS[batch].max(axis=0) for plan in plans for batch in plan if len(batch)]
         assert (np.max(padded, axis=0) <= limit).all()
         assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == sorted(examples)
+
+
+def plan_step(lengths, total, per_device, seed, rank, world, step, launch_cost=1e6):
+    (plan,) = plan_steps(lengths, total, per_device, seed, rank, world, launch_cost, [step])
+    return plan
 
 
 def cost(lengths):
@@ -125,7 +133,7 @@ def test_a_cut_that_cannot_keep_to_the_limits():
 def test_ranks_share_each_turn_fairly(total, world):
     examples = select_examples(12460, total, 42, 0)
     limit = 16 * LENGTHS.max(axis=0)
-    plan = [plan_micro_batches(examples, LENGTHS, rank, world, limit) for rank in range(world)]
+    plan = [plan_micro_batches(examples, LENGTHS, rank, world, limit, LAUNCH_COSTS["cuda"]) for rank in range(world)]
     assert sorted(np.concatenate([batch for rank in plan for batch in rank])) == sorted(examples)
     costs = np.array([[cost(LENGTHS[batch]) for batch in rank] for rank in plan])
     assert costs.mean(axis=0).sum() > 0.85 * costs.max(axis=0).sum()
@@ -133,20 +141,20 @@ def test_ranks_share_each_turn_fairly(total, world):
 
 
 def test_fewer_examples_than_processes_leave_some_an_empty_turn():
-    plan = [plan_micro_batches(np.arange(2), LENGTHS, rank, 3, LENGTHS.max(axis=0)) for rank in range(3)]
+    plan = [plan_micro_batches(np.arange(2), LENGTHS, rank, 3, LENGTHS.max(axis=0), 64) for rank in range(3)]
     assert sorted(len(batch) for rank in plan for batch in rank) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_pass_holds_every_example_once(world):
-    plans = [list(plan_pass(LENGTHS[:100], 7, rank, world)) for rank in range(world)]
+    plans = [list(plan_pass(LENGTHS[:100], 7, rank, world, 64)) for rank in range(world)]
     assert len({len(plan) for plan in plans}) == 1
     assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == list(range(100))
 
 
 def test_a_pass_takes_no_more_turns_than_it_needs():
-    assert [len(batch) for batch in plan_pass(LENGTHS[:7], 7, 0, 1)] == [7]
-    assert [len(list(plan_pass(LENGTHS[:100] * 0 + 5, 7, rank, 2))) for rank in range(2)] == [8, 8]  # 100 / 14
+    assert [len(batch) for batch in plan_pass(LENGTHS[:7], 7, 0, 1, 1e6)] == [7]
+    assert [len(list(plan_pass(LENGTHS[:100] * 0 + 5, 7, rank, 2, 1e6))) for rank in range(2)] == [8, 8]  # 100 / 14
 
 
 def test_collate():
@@ -176,24 +184,26 @@ def test_collate_of_nothing_is_a_row_without_a_target():
     world=hypothesis.strategies.integers(1, 9),
     seed=hypothesis.strategies.integers(0, 2**32),
     step=hypothesis.strategies.integers(0, 20),
+    launch_cost=hypothesis.strategies.sampled_from([0, 256, 1e6]),
 )
-def test_any_plan(lengths, total, per_device, world, seed, step):
+def test_any_plan(lengths, total, per_device, world, seed, step, launch_cost):
     """Each example once, equally many turns on all ranks, within the bound, the same however often it is made."""
     lengths = np.array(lengths)
-    plans = [list(plan_steps(lengths, total, per_device, seed, rank, world, [step])) for rank in range(world)]
+    plans = [plan_step(lengths, total, per_device, seed, rank, world, step, launch_cost) for rank in range(world)]
     examples, limit = select_examples(len(lengths), total, seed, step), per_device * lengths.max(axis=0)
-    assert {len(plan) for plan in plans} == {gradient_accumulation_steps(examples, lengths, world, limit)}
-    assert len(plans[0]) <= math.ceil(len(examples) / (per_device * world))
+    assert len({len(plan) for plan in plans}) == 1
+    if launch_cost == 1e6:
+        assert len(plans[0]) <= math.ceil(len(examples) / (per_device * world))
     assert sorted(np.concatenate([batch for plan in plans for batch in plan])) == sorted(examples)
     assert len(set(examples)) == min(total, len(lengths))
     for batch in (batch for plan in plans for batch in plan if len(batch)):
-        assert (len(batch) * lengths[batch].max(axis=0) <= per_device * lengths.max(axis=0)).all()
-    again = [list(plan_steps(lengths, total, per_device, seed, rank, world, [step])) for rank in range(world)]
+        assert (len(batch) * lengths[batch].max(axis=0) <= limit).all()
+    again = [plan_step(lengths, total, per_device, seed, rank, world, step, launch_cost) for rank in range(world)]
     assert all(map(np.array_equal, itertools.chain(*plans), itertools.chain(*again)))
 
 
 def test_sixty_four_ranks_take_the_step_of_one():
-    one = list(plan_steps(LENGTHS, 256, 16, 42, 0, 1, [7]))
-    many = [list(plan_steps(LENGTHS, 256, 16, 42, rank, 64, [7])) for rank in range(64)]
+    one = plan_step(LENGTHS, 256, 16, 42, 0, 1, 7)
+    many = [plan_step(LENGTHS, 256, 16, 42, rank, 64, 7) for rank in range(64)]
     assert {len(plan) for plan in many} == {1}
     assert sorted(np.concatenate(one)) == sorted(np.concatenate([plan[0] for plan in many]))

@@ -42,6 +42,7 @@ from utils.modeling.passes import clip_gradient
 from utils.modeling.strategies import start_accelerator
 from utils.prompting import build_prompt
 from utils.training.step import compute_gradient
+from utils.training.tracking import start_run
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,8 @@ def test_a_cpu_without_bf16_is_named(tmp_path, monkeypatch, caplog, has_bf16):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
     for precision in ("bf16", "no"):
         AcceleratorState._reset_state(True)
-        start_accelerator(TrainingConfig(output_dir=str(tmp_path), mixed_precision=precision))
+        config = TrainingConfig(output_dir=str(tmp_path / precision), mixed_precision=precision)
+        start_run(start_accelerator(config), config, None, {"num_train_steps": 48})
     assert caplog.text.count("this CPU has no instructions for bf16") == (not has_bf16)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.data.batching import micro_batch_cost, plan_micro_batches
+from utils.data.batching import LAUNCH_COSTS, micro_batch_cost, plan_micro_batches
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -48,7 +48,10 @@ def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float
     for _ in range(NUM_STEPS):
         examples = rng.choice(len(lengths), size=total, replace=False)
         started = time.perf_counter()
-        plan = [plan_micro_batches(examples, lengths, rank, num_ranks, limit) for rank in range(num_ranks)]
+        plan = [
+            plan_micro_batches(examples, lengths, rank, num_ranks, limit, LAUNCH_COSTS["cuda"])
+            for rank in range(num_ranks)
+        ]
         seconds += time.perf_counter() - started
         num_turns += len(plan[0])
         sizes = np.array([[(len(batch), *lengths[batch].max(axis=0, initial=0)) for batch in rank] for rank in plan])

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from utils.config import TrainingConfig
-from utils.data.batching import collate, gradient_accumulation_steps, plan_steps, select_examples
+from utils.data.batching import LAUNCH_COSTS, collate, plan_steps, select_examples
 
 NUM_BATCHES_AHEAD = 32
 
@@ -44,14 +44,22 @@ def load_steps(
 ) -> Iterator[Step]:
     """Yield the data of the given steps, cut into micro-batches of `batch_size` examples of full length."""
     total, rank, world = config.total_train_batch_size, accelerator.process_index, accelerator.num_processes
-    plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, (number - 1 for number in numbers))
-    batches = load_batches(accelerator, model, data, plan)
+    launch_cost = LAUNCH_COSTS[accelerator.device.type]
+    plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, launch_cost, (n - 1 for n in numbers))
+    nums_micro_batches = deque()  # of the steps that are planned already
+
+    def flatten() -> Iterator[np.ndarray]:
+        for micro_batches in plan:
+            nums_micro_batches.append(len(micro_batches))
+            yield from micro_batches
+
+    batches = load_batches(accelerator, model, data, flatten())
     for number in numbers:
         started = time.perf_counter()
         examples = select_examples(len(lengths), total, config.seed, number - 1)
         num_source_tokens, num_target_tokens = (int(tokens) for tokens in lengths[examples].sum(axis=0))
-        num_turns = gradient_accumulation_steps(examples, lengths, world, batch_size * lengths.max(axis=0))
-        micro_batches = list(itertools.islice(batches, num_turns))
+        first = next(batches)  # a step has one at least
+        micro_batches = [first, *itertools.islice(batches, nums_micro_batches.popleft() - 1)]
         waited = time.perf_counter() - started
         yield Step(number, batch_size, micro_batches, len(examples), num_source_tokens, num_target_tokens, waited)
 

@@ -9,7 +9,6 @@ script's own settings.
 """
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from accelerate import Accelerator, DistributedType
 
 from utils.config import TrainingConfig, UserError
 from utils.launch.processes import asks_for, start_processes
-
-logger = logging.getLogger(__name__)
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -39,9 +36,6 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     if strategy not in ("NO", "DEEPSPEED", "FSDP") and not strategy.startswith("MULTI_"):
         raise UserError(f"the launcher's distributed_type is {strategy}: DDP, DeepSpeed and FSDP2 are supported")
     configure_strategy(accelerator, config)
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu and config.mixed_precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning("this CPU has no instructions for bf16: --mixed_precision no is faster")
     return accelerator
 
 

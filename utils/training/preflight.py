@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import measure_lengths, plan_pass, plan_steps
+from utils.data.batching import LAUNCH_COSTS, measure_lengths, plan_pass, plan_steps
 from utils.launch.output_dir import find_existing, find_run_files
 from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand
@@ -77,8 +77,9 @@ def plan_first_steps(
     size = 1 if config.per_device_train_batch_size == "auto" else config.per_device_train_batch_size
     steps = range(min(num_steps, NUM_STEPS_PLANNED))
     rank, world = accelerator.process_index, accelerator.num_processes
-    plan = plan_steps(lengths, config.total_train_batch_size, size, config.seed, rank, world, steps)
-    return gather_object([[measure_micro_batch_shape(lengths[indices]) for indices in plan]])
+    launch_cost = LAUNCH_COSTS[accelerator.device.type]
+    plan = plan_steps(lengths, config.total_train_batch_size, size, config.seed, rank, world, launch_cost, steps)
+    return gather_object([[measure_micro_batch_shape(lengths[indices]) for step in plan for indices in step]])
 
 
 def measure_micro_batch_shape(lengths: np.ndarray) -> MicroBatch:
@@ -179,7 +180,13 @@ def describe_memory(
     largest, validation = find_largest(m for share in micro_batches for m in share), None
     if validation_data:
         lengths = measure_lengths(validation_data)
-        plan = plan_pass(lengths, config.per_device_eval_batch_size, 0, accelerator.num_processes)
+        plan = plan_pass(
+            lengths,
+            config.per_device_eval_batch_size,
+            0,
+            accelerator.num_processes,
+            LAUNCH_COSTS[accelerator.device.type],
+        )
         validation = find_largest(measure_micro_batch_shape(lengths[indices]) for indices in plan)
     parts, moments = estimate_memory(accelerator, model, config, largest, validation, len(micro_batches[0]) > 1)
     if accelerator.device.type == "cpu" and num_steps > config.checkpointing_steps:

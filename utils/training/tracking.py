@@ -135,6 +135,9 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
         if run["num_train_steps"] < FEW_STEPS and config.max_train_steps is None:
             text = "only %d updates; more with --num_train_epochs, or a lower --total_train_batch_size"
             logger.warning(text, run["num_train_steps"])
+        on_cpu = accelerator.device.type == "cpu"
+        if on_cpu and config.mixed_precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            logger.warning("this CPU has no instructions for bf16: --mixed_precision no is faster")
     if config.report_to != "none":
         plain = (int, float, str)
         flat = {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig, TrainingConfig
-from utils.data.batching import measure_lengths, plan_pass
+from utils.data.batching import LAUNCH_COSTS, measure_lengths, plan_pass
 from utils.data.prefetch import load_batches
 from utils.generation.decoding import decode_batch
 from utils.generation.summaries import generate_texts
@@ -37,7 +37,12 @@ def evaluate_loss(
     """Loss per target token over the whole set, whatever the number of processes; None if the run is to stop.
     FloatingPointError, on all of them, if it is not finite."""
     lengths = measure_lengths(data)
-    plan = plan_pass(lengths, config.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes)
+    rank, world, launch_cost = (
+        accelerator.process_index,
+        accelerator.num_processes,
+        LAUNCH_COSTS[accelerator.device.type],
+    )
+    plan = plan_pass(lengths, config.per_device_eval_batch_size, rank, world, launch_cost)
     examples, loss_sums = [], []
     with evaluating(model):
         for number, batch in enumerate(load_batches(accelerator, model, data, plan)):
