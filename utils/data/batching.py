@@ -21,6 +21,10 @@ MOST_EXAMPLES_PLANNED_TOGETHER = 1024
 LAUNCH_COSTS = {"cpu": 256, "cuda": 16_384}
 
 
+def launch_cost_on(device: torch.device) -> int:
+    return LAUNCH_COSTS.get(device.type, LAUNCH_COSTS["cuda"])
+
+
 def measure_lengths(data: datasets.Dataset) -> np.ndarray:
     """(num_examples, 2): source and target tokens of each example."""
     return np.array([[len(ids) for ids in data[name]] for name in ("input_ids", "labels")]).T

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from utils.config import TrainingConfig
-from utils.data.batching import LAUNCH_COSTS, collate, plan_steps, select_examples
+from utils.data.batching import collate, launch_cost_on, plan_steps, select_examples
 
 NUM_BATCHES_AHEAD = 32
 
@@ -44,7 +44,7 @@ def load_steps(
 ) -> Iterator[Step]:
     """Yield the data of the given steps, cut into micro-batches of `batch_size` examples of full length."""
     total, rank, world = config.total_train_batch_size, accelerator.process_index, accelerator.num_processes
-    launch_cost = LAUNCH_COSTS[accelerator.device.type]
+    launch_cost = launch_cost_on(accelerator.device)
     plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, launch_cost, (n - 1 for n in numbers))
     nums_micro_batches = deque()  # of the steps that are planned already
 

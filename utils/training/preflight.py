@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import LAUNCH_COSTS, measure_lengths, plan_pass, plan_steps
+from utils.data.batching import launch_cost_on, measure_lengths, plan_pass, plan_steps
 from utils.launch.output_dir import find_existing, find_run_files
 from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand
@@ -77,7 +77,7 @@ def plan_first_steps(
     size = 1 if config.per_device_train_batch_size == "auto" else config.per_device_train_batch_size
     steps = range(min(num_steps, NUM_STEPS_PLANNED))
     rank, world = accelerator.process_index, accelerator.num_processes
-    launch_cost = LAUNCH_COSTS[accelerator.device.type]
+    launch_cost = launch_cost_on(accelerator.device)
     plan = plan_steps(lengths, config.total_train_batch_size, size, config.seed, rank, world, launch_cost, steps)
     return gather_object([[measure_micro_batch_shape(lengths[indices]) for step in plan for indices in step]])
 
@@ -185,7 +185,7 @@ def describe_memory(
             config.per_device_eval_batch_size,
             0,
             accelerator.num_processes,
-            LAUNCH_COSTS[accelerator.device.type],
+            launch_cost_on(accelerator.device),
         )
         validation = find_largest(measure_micro_batch_shape(lengths[indices]) for indices in plan)
     parts, moments = estimate_memory(accelerator, model, config, largest, validation, len(micro_batches[0]) > 1)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig, TrainingConfig
-from utils.data.batching import LAUNCH_COSTS, measure_lengths, plan_pass
+from utils.data.batching import launch_cost_on, measure_lengths, plan_pass
 from utils.data.prefetch import load_batches
 from utils.generation.decoding import decode_batch
 from utils.generation.summaries import generate_texts
@@ -40,7 +40,7 @@ def evaluate_loss(
     rank, world, launch_cost = (
         accelerator.process_index,
         accelerator.num_processes,
-        LAUNCH_COSTS[accelerator.device.type],
+        launch_cost_on(accelerator.device),
     )
     plan = plan_pass(lengths, config.per_device_eval_batch_size, rank, world, launch_cost)
     examples, loss_sums = [], []
