@@ -6,7 +6,7 @@ In bf16 on two CPU processes, with flan-t5-small's shape: two updates with a val
 the export and, of LoRA, the merge; the same resumed from update 1, which must end bit-identical; and resumed from
 there under the next strategy. Then flan-t5-base's shape under DDP and ZeRO-3, and an evaluation of two models. Last,
 what --preflight estimates of memory against what is measured. Prints a table row by row, and exits with 1 if a run
-failed or ended elsewhere. About 40 minutes on two cores.
+failed or ended elsewhere. More than half an hour on two cores.
 
 `distance` is how far the exported weights are from one process' (when resumed: from the uninterrupted run's), relative
 to how far training moved them; of LoRA, relative to the adapter. The row "cut otherwise" says what rounding does

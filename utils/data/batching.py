@@ -15,9 +15,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.nn.utils.rnn import pad_sequence
 
 MOST_EXAMPLES_PLANNED_TOGETHER = 1024
-# What a micro-batch costs beside its tokens, in units of micro_batch_cost. An H200 waited 0.12 s a
-# micro-batch for launches, in which it computes 16,384 tokens. A CPU adds up gradients: with 22.7 M parameters, 256
-# was faster than 64 and 1,024.
+# What a micro-batch costs beside its tokens, in units of micro_batch_cost. An H200 waited 0.12 s a micro-batch for its
+# launches, time enough to compute 16,384 tokens. A CPU adds up gradients: fully training 22.7 M parameters, 256 was
+# faster than 64 and 1,024. Other devices are taken for GPUs.
 LAUNCH_COSTS = {"cpu": 256, "cuda": 16_384}
 
 
@@ -55,7 +55,7 @@ def divide(examples: np.ndarray, lengths: np.ndarray, world: int) -> list[tuple[
 
 def pack(lengths: np.ndarray, token_limit: np.ndarray) -> list[int]:
     """Sizes of the fewest contiguous pieces that keep to the limit: each takes as many examples as it can, which is
-    best because whatever is left out of a piece that fits, the rest fits too."""
+    the best, since any part of a piece that fits does too."""
     most_source, most_target = token_limit.tolist()
     sizes, size, longest_source, longest_target = [], 0, 0, 0
     for source, target in lengths.tolist():
