@@ -23,7 +23,7 @@ import utils.training.batch_size
 import utils.training.loop
 import utils.training.step
 from utils.config import TrainingConfig
-from utils.data.batching import LAUNCH_COSTS
+from utils.data.micro_batches import LAUNCH_COSTS
 from utils.launch.processes import leave_process_group
 
 SECONDS = 90  # of about 10: a process that waits in vain says where, and ends

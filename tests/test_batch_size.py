@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import train_full
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import LAUNCH_COSTS
+from utils.data.micro_batches import LAUNCH_COSTS
 from utils.prompting import build_prompt
 
 

@@ -8,18 +8,14 @@ import hypothesis
 import numpy as np
 import pytest
 
-from utils.data.batching import (
+from utils.data.batching import collate, num_steps_per_epoch, plan_pass, plan_steps, select_examples
+from utils.data.micro_batches import (
     LAUNCH_COSTS,
     choose_num_pieces,
-    collate,
     cut_micro_batches,
     micro_batch_cost,
-    num_steps_per_epoch,
     pack,
     plan_micro_batches,
-    plan_pass,
-    plan_steps,
-    select_examples,
 )
 
 # Spread about like DialogSum's: most are short, a few are several times as long.

@@ -18,7 +18,7 @@ from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
 from utils.config import EvaluationConfig, UserError
-from utils.data.batching import deal
+from utils.data.micro_batches import deal
 from utils.generation.decoding import decode_batch
 from utils.generation.partial_texts import Summary, append_batch, read_batches, remove_batches
 from utils.generation.summaries import cut_batches, estimate_cost, generate_summaries

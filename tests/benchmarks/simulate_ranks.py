@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.data.batching import LAUNCH_COSTS, micro_batch_cost, plan_micro_batches
+from utils.data.micro_batches import LAUNCH_COSTS, micro_batch_cost, plan_micro_batches
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from utils.config import TrainingConfig
-from utils.data.batching import collate, launch_cost_on, plan_steps, select_examples
+from utils.data.batching import collate, plan_steps, select_examples
+from utils.data.micro_batches import launch_cost_on
 
 NUM_BATCHES_AHEAD = 32
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig
-from utils.data.batching import deal, micro_batch_cost
+from utils.data.micro_batches import deal, micro_batch_cost
 from utils.data.tokens import describe_tokenizer, tokenize_prompts
 from utils.files import hash_value
 from utils.generation.decoding import decode_batch

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import launch_cost_on, measure_lengths, plan_pass, plan_steps
+from utils.data.batching import measure_lengths, plan_pass, plan_steps
+from utils.data.micro_batches import launch_cost_on
 from utils.launch.output_dir import find_existing, find_run_files
 from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand

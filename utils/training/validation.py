@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig, TrainingConfig
-from utils.data.batching import launch_cost_on, measure_lengths, plan_pass
+from utils.data.batching import measure_lengths, plan_pass
+from utils.data.micro_batches import launch_cost_on
 from utils.data.prefetch import load_batches
 from utils.generation.decoding import decode_batch
 from utils.generation.summaries import generate_texts
