@@ -22,6 +22,7 @@ from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_tokenizer
 from utils.modeling.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
 from utils.modeling.strategies import start_accelerator
+from utils.training.batch_size import choose_batch_size
 from utils.training.checkpointing import Checkpointer
 from utils.training.loop import train
 from utils.training.optimization import build_lr_scheduler, build_optimizer
@@ -53,6 +54,7 @@ def main(config: LoraTrainingConfig):
     lr_scheduler = build_lr_scheduler(optimizer, config, run["num_train_steps"])
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    config = choose_batch_size(accelerator, model, train_data, config, checkpointer.batch_size)
     start_run(accelerator, config, checkpointer.folder, run)
     train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config, checkpointer)
     export_model(accelerator, model, tokenizer, config.output_dir)

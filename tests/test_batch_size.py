@@ -1,140 +1,127 @@
-"""The size that fits is found, and a step that does not fit is taken again with the same gradient.
+"""What `auto` finds fits, and one example more would not; a resumed run keeps it.
 
-The CPU stands for a GPU here: `auto` is let through, and the forward pass refuses more than so many tokens
-with PyTorch's own error, which a CPU never raises."""
+The CPU stands for a GPU here: the bytes are those of real passes, counted tensor by tensor.
+"""
 
 import json
-import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import (
-    make_rows,
-    read_jsonl,
-    relative_difference,
-    run_command,
-    run_script,
-    write_flan_t5,
-    write_rows,
-)
+from conftest import keep_checkpoint, make_rows
+from helpers import train_in_process
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import train_full
 from utils.config import TrainingConfig, UserError
-from utils.data.micro_batches import LAUNCH_COSTS
-from utils.prompting import build_prompt
+from utils.data.batching import measure_lengths
+from utils.data.tokens import tokenize_rows
+from utils.modeling.loading import load_model, load_tokenizer
+from utils.training import batch_size
+from utils.training.batch_size import USED_SHARE, count_fitting, estimate_fitting, find_batch_size
+from utils.training.memory_estimate import LiveBytes, MicroBatch, count_bytes, estimate_memory
+
+
+class FakeGpu:
+    """A CPU that says how much of its memory is in use and how much there is."""
+
+    def __init__(self, monkeypatch, model: torch.nn.Module):
+        self.weights, self.size = count_bytes(model)[0], None
+        measure_peak = batch_size.measure_peak
+
+        def measure(accelerator, model, examples):
+            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            with LiveBytes(model.parameters(), 0) as live:
+                measure_peak(accelerator, model, examples)
+            peak = self.weights + gradients + live.peak
+            if peak > self.size:
+                raise torch.OutOfMemoryError
+            return peak
+
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+        monkeypatch.setattr(batch_size, "measure_memory", lambda accelerator: self.size)
+        monkeypatch.setattr(batch_size, "measure_peak", measure)
 
 
 @pytest.fixture
-def set_memory(monkeypatch):
-    """A function that sets how many source tokens, padding included, fit into a forward pass from call `first` on."""
-    monkeypatch.setattr("utils.modeling.strategies.check_auto", lambda accelerator, config: None)
-    monkeypatch.setitem(LAUNCH_COSTS, "cpu", LAUNCH_COSTS["cuda"])
-    forward = T5ForConditionalGeneration.forward
-
-    def limit(num_tokens: int, first: int = 0, last: float = float("inf")):
-        calls = 0
-
-        def limited(model, input_ids=None, **inputs):
-            nonlocal calls
-            calls += 1
-            if model.training and first <= calls <= last and input_ids.numel() > num_tokens:
-                raise torch.OutOfMemoryError(f"{input_ids.numel()} tokens")
-            return forward(model, input_ids=input_ids, **inputs)
-
-        monkeypatch.setattr(T5ForConditionalGeneration, "forward", limited)
-
-    return limit
-
-
-def train(model, data_files, output_dir, size):
+def parts(flan_t5, tmp_path):
+    """What find_batch_size is called with."""
     AcceleratorState._reset_state(True)
-    config = TrainingConfig(
-        model_name_or_path=str(model), train_file=str(data_files["train"]), output_dir=str(output_dir),
-        total_train_batch_size=20, per_device_train_batch_size=size, mixed_precision="no", logging_steps=1,
-        learning_rate=1e-4,
-    )  # fmt: skip
-    train_full.main(config)
-    return [(line["loss"], line["grad_norm"]) for line in read_jsonl(output_dir / "metrics.jsonl")]
+    config = TrainingConfig(model_name_or_path=str(flan_t5), output_dir=str(tmp_path), total_train_batch_size=20)
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(load_model(str(flan_t5), "sdpa", torch.float32))
+    data = tokenize_rows(accelerator, make_rows(40), load_tokenizer(str(flan_t5)), config, "train")
+    return accelerator, model, data, config
 
 
-def longest_source(flan_t5) -> int:
-    tokenizer = AutoTokenizer.from_pretrained(flan_t5)
-    return max(len(tokenizer(build_prompt(row["dialogue"])).input_ids) for row in make_rows(40))
+@pytest.mark.parametrize("megabytes", [4, 5, 10, 1000])
+def test_it_fits_and_one_more_would_not(parts, monkeypatch, megabytes):
+    accelerator, model, data, config = parts
+    gpu = FakeGpu(monkeypatch, model)
+    gpu.size = megabytes * 1e6
+    found = find_batch_size(*parts)
+    gpu.size = 1e12
+    source, target = (int(index) for index in measure_lengths(data).argmax(axis=0))
+    example = {"input_ids": [data[source]["input_ids"]], "labels": [data[target]["labels"]]}
+    batch_size.measure_peak(accelerator, model, example)  # gradients
+    moments = 2 * count_bytes(model)[1]
+    needed = [
+        batch_size.measure_peak(accelerator, model, {name: ids * size for name, ids in example.items()}) + moments
+        for size in (found, found + 1)
+    ]
+    if megabytes == 1000:
+        assert found == config.total_train_batch_size, "more are never asked for"
+    else:
+        assert 1 <= found < 20
+        assert needed[0] <= USED_SHARE * megabytes * 1e6 < needed[1]
 
 
-@pytest.mark.parametrize("fitting", [1, 3, 7, 20])
-def test_the_largest_size_is_found(flan_t5, data_files, tmp_path, set_memory, caplog, fitting):
-    caplog.set_level("INFO", logger="utils")
-    set_memory(fitting * longest_source(flan_t5))
-    train(flan_t5, data_files, tmp_path / "out", "auto")
-    assert f"auto: {fitting} examples of full length fit" in caplog.text
-    assert "taken again" not in caplog.text
+def test_not_even_one_fits(parts, monkeypatch):
+    gpu = FakeGpu(monkeypatch, parts[1])
+    for size in (1.2e6, gpu.weights):  # its peak, but not what the optimizer needs as well; nothing at all
+        gpu.size = size
+        with pytest.raises(UserError, match="not even one example of"):
+            find_batch_size(*parts)
 
 
-def test_a_step_that_does_not_fit_is_taken_again(data_files, tmp_path, set_memory, caplog):
-    model = write_flan_t5(tmp_path / "model", dropout_rate=0.0)
-    plain = train(model, data_files, tmp_path / "plain", 20)
-    # The first call finds that 20 fit; then, in the middle of the first step, memory is short for a while.
-    set_memory(4 * longest_source(model), first=2, last=4)
-    again = train(model, data_files, tmp_path / "again", "auto")
-    assert "out of memory at batch size 20: the step is taken again at 10" in caplog.text
-    assert [pair[0] for pair in again] == pytest.approx([pair[0] for pair in plain], rel=1e-6)
-    assert [pair[1] for pair in again] == pytest.approx([pair[1] for pair in plain], rel=1e-5)
-    before, first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "plain", "again"))
-    moved, expected = ({name: end[name] - before[name] for name in before} for end in (second, first))
-    assert relative_difference(moved, expected) < 5e-5
+def test_probing_leaves_no_gradient(parts, monkeypatch):
+    FakeGpu(monkeypatch, parts[1]).size = 1e9
+    find_batch_size(*parts)
+    assert all(parameter.grad is None for parameter in parts[1].parameters())
 
 
-def test_not_even_one_fits(flan_t5, data_files, tmp_path, set_memory):
-    set_memory(10)
-    with pytest.raises(UserError, match="not even one example of"):
-        train(flan_t5, data_files, tmp_path / "out", "auto")
+def test_preflight_estimates_it(parts, flan_t5):
+    accelerator, _, data, config = parts
+    shapes, lengths = load_model(str(flan_t5), "sdpa", torch.float32, without_weights=True), measure_lengths(data)
+    source, target = lengths.max(axis=0).tolist()
+    found = estimate_fitting(accelerator, shapes, lengths, config, 10_000_000)
+    needed = [
+        sum(estimate_memory(accelerator, shapes, config, micro_batch, None, accumulating=True)[0].values())
+        for micro_batch in (MicroBatch(n, source, target, n * source, n * target) for n in (found, found + 1))
+    ]
+    assert 1 <= found < 20 and needed[0] <= USED_SHARE * 10_000_000 < needed[1]
 
 
-@pytest.mark.slow
-def test_auto_is_refused_on_a_cpu(tmp_path):
-    """Before anything is loaded, in 8 GB: 48 such rows in one micro-batch of a real model would take 37."""
-    model = write_flan_t5(tmp_path / "model")
-    train_file = write_rows(tmp_path / "train.jsonl", make_rows(48))
-    command = (
-        "train_full.py", "--model_name_or_path", model, "--train_file", train_file, "--output_dir", tmp_path / "out",
-        "--per_device_train_batch_size", "auto",
-    )  # fmt: skip
-    limited = ("bash", "-c", 'ulimit -v 8000000; exec "$@"', "bash", sys.executable)
-    run = run_command(*limited, *command, ACCELERATE_USE_CPU="true")
-    assert run.returncode == 2, run.stderr
-    line = run.stderr.splitlines()[-1]
-    assert line.startswith("train_full.py: error: --per_device_train_batch_size auto cannot tell what fits on cpu")
-    assert "begin with 4" in line and "Traceback" not in run.stderr
-    assert not (tmp_path / "out").exists()
+def test_count_fitting():
+    assert [count_fitting(100, 110, memory) for memory in (99, 100, 109, 110, 155)] == [0, 1, 1, 2, 6]
+    assert count_fitting(float("inf"), float("inf"), 1e9) == 0
 
 
-# Too little for the first turn of each of the two steps, on one of two processes: at 4 examples, and then at 2.
-# In the first of several turns, and in the only one, after which the others exchange gradients.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("short_rank", "fitting", "num_tokens", "num_turns"),
-    [(0, 4, 150, [3, 5]), (1, 4, 100, [3, 5, 10]), (0, 10, 500, [1, 2])],
-)
-def test_one_of_two_processes_is_short_of_memory(data_files, tmp_path, short_rank, fitting, num_tokens, num_turns):
-    model = write_flan_t5(tmp_path / "model", dropout_rate=0.0)
-    plain = train(model, data_files, tmp_path / "plain", 20)
-    words = ("tests/memory_worker.py", model, data_files["train"], tmp_path / "auto", short_rank)
-    run = run_script(*words, fitting * longest_source(model), num_tokens, num_processes=2)
-    assert run.returncode == 0, run.stderr
-    met = [json.loads((tmp_path / "auto" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    assert [rank["batch_size"] for rank in met] == [fitting] * 2, "the other holds all 10 of its share"
-    assert [rank["num_turns"] for rank in met] == [num_turns * 2] * 2
-    assert met[short_rank]["refused_turns"] == [1] * 2 * (len(num_turns) - 1)
-    assert met[1 - short_rank]["refused_turns"] == []
-    assert run.stderr.count(f"out of memory at batch size {fitting}: the step is taken again at {fitting // 2}") == 2
-    lines = read_jsonl(tmp_path / "auto" / "metrics.jsonl")
-    assert [line["loss"] for line in lines] == pytest.approx([pair[0] for pair in plain], rel=1e-6)
-    assert [line["grad_norm"] for line in lines] == pytest.approx([pair[1] for pair in plain], rel=1e-5)
-    before, first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "plain", "auto"))
-    moved, expected = ({name: end[name] - before[name] for name in before} for end in (second, first))
-    # AdamW divides a gradient by its size, so the rounding of one near 0 shows: 2.5e-5 and 3.0e-5 was measured.
-    assert relative_difference(moved, expected) < 5e-5
+def test_auto_is_16_on_a_cpu_unless_the_run_began_with_another(flan_t5, data_files, tmp_path):
+    def train(name: str, **settings) -> int:
+        train_in_process(
+            train_full, TrainingConfig, flan_t5, data_files, tmp_path / name, mixed_precision="no",
+            checkpointing_steps=2, **settings,
+        )  # fmt: skip
+        return json.loads((tmp_path / name / "run_manifest.json").read_text())["settings"][
+            "per_device_train_batch_size"
+        ]
+
+    assert train("auto", per_device_train_batch_size="auto", max_train_steps=1) == 16
+    assert train("whole", per_device_train_batch_size=3) == 3
+    keep_checkpoint(tmp_path / "whole", tmp_path / "cut")
+    assert train("cut", per_device_train_batch_size="auto", resume_from_checkpoint="latest") == 3
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
+    assert all(tensor.equal(expected[name]) for name, tensor in ours.items())

@@ -291,14 +291,21 @@ def test_a_loss_that_is_not_finite(inputs, tmp_path, strategy):
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
-def test_auto_batch_size_and_rouge_are_refused_where_the_model_is_sharded(inputs, tmp_path):
-    for strategy, setting, value in (
-        ("deepspeed_zero1", "--per_device_train_batch_size", "auto"),
-        ("fsdp2", "--metric_for_best_model", "rouge1"),
-    ):
-        run = launch(strategy, *words("full", inputs, tmp_path / "out", setting, value))
-        assert run.returncode != 0 and f"train_full.py: error: {setting} {value} " in run.stderr
+def test_rouge_is_refused_where_the_model_is_sharded(inputs, tmp_path):
+    run = launch("fsdp2", *words("full", inputs, tmp_path / "out", "--metric_for_best_model", "rouge1"))
+    assert run.returncode != 0 and "train_full.py: error: --metric_for_best_model rouge1 " in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_auto_finds_what_all_can_hold_and_changes_nothing_else(inputs, runs, tmp_path, strategy):
+    """Gradients are computed to find it, and none of them is left."""
+    settings = words("full", inputs, tmp_path / "out", "--per_device_train_batch_size", "auto")
+    run = launch(strategy, "tests/auto_worker.py", *settings)
+    assert run.returncode == 0, run.stderr
+    assert "per_device_train_batch_size auto: 3 examples of full length" in run.stderr
+    ours, expected = (load_file(folder / WEIGHTS["full"]) for folder in (tmp_path / "out", runs(strategy, "full")))
+    assert [name for name in expected if not ours[name].equal(expected[name])] == []
 
 
 def test_stopped_by_its_time_limit(inputs, runs, tmp_path):

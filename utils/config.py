@@ -92,7 +92,8 @@ class OptimizationConfig(Config):
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
     per_device_train_batch_size: size_or_auto = setting(
-        16, "examples of full length in one forward pass, of shorter ones more; auto, on a GPU: as many as fit"
+        "auto",
+        "examples of full length in one forward pass, of shorter ones more; auto: as many as a GPU holds, 16 on a CPU",
     )
     learning_rate: float = setting(1e-3, "highest learning rate of AdamW")
     weight_decay: float = setting(0.01, "AdamW's weight decay, on matrices only")

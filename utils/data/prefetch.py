@@ -26,7 +26,6 @@ class Step:
     process's."""
 
     number: int  # from 1
-    batch_size: int  # examples of full length that a micro-batch may hold
     micro_batches: list[dict[str, torch.Tensor]]
     num_examples: int
     num_source_tokens: int
@@ -40,13 +39,13 @@ def load_steps(
     data: datasets.Dataset,
     lengths: np.ndarray,
     config: TrainingConfig,
-    batch_size: int,
     numbers: Sequence[int],
 ) -> Iterator[Step]:
-    """Yield the data of the given steps, cut into micro-batches of `batch_size` examples of full length."""
-    total, rank, world = config.total_train_batch_size, accelerator.process_index, accelerator.num_processes
+    """Yield the data of the given steps, cut into micro-batches."""
+    total, size = config.total_train_batch_size, config.per_device_train_batch_size
+    rank, world = accelerator.process_index, accelerator.num_processes
     launch_cost = launch_cost_on(accelerator.device)
-    plan = plan_steps(lengths, total, batch_size, config.seed, rank, world, launch_cost, (n - 1 for n in numbers))
+    plan = plan_steps(lengths, total, size, config.seed, rank, world, launch_cost, (n - 1 for n in numbers))
     nums_micro_batches = deque()  # of the steps that are planned already
 
     def flatten() -> Iterator[np.ndarray]:
@@ -62,7 +61,7 @@ def load_steps(
         first = next(batches)  # a step has one at least
         micro_batches = [first, *itertools.islice(batches, nums_micro_batches.popleft() - 1)]
         waited = time.perf_counter() - started
-        yield Step(number, batch_size, micro_batches, len(examples), num_source_tokens, num_target_tokens, waited)
+        yield Step(number, micro_batches, len(examples), num_source_tokens, num_target_tokens, waited)
 
 
 def load_batches(

@@ -54,6 +54,11 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 @torch.no_grad()
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that FSDP2 may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter or a moment; every process must call it."""
     if hasattr(tensor, "ds_id"):

@@ -68,23 +68,10 @@ def configure_strategy(accelerator: Accelerator, config: TrainingConfig):
             raise UserError("the launcher's fsdp_version is 1: only 2 is supported")
         # Autocast over fp32 weights, as everywhere, and not weights and sums in bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
-    check_auto(accelerator, config)
     if is_sharded(accelerator) and config.metric_for_best_model != "loss":
         raise UserError(
             f"--metric_for_best_model {config.metric_for_best_model} generates, which is not for DeepSpeed or "
             "FSDP2: use loss, or evaluate_rouge.py afterwards"
-        )
-
-
-def check_auto(accelerator: Accelerator, config: TrainingConfig):
-    if config.per_device_train_batch_size != "auto":
-        return
-    if is_sharded(accelerator):
-        raise UserError("--per_device_train_batch_size auto is not for DeepSpeed or FSDP2: give a number")
-    if accelerator.device.type in ("cpu", "mps"):  # which raise no torch.OutOfMemoryError; the kernel may kill instead
-        raise UserError(
-            f"--per_device_train_batch_size auto cannot tell what fits on {accelerator.device.type}: give a number; "
-            "begin with 4, and double it while --preflight says that it fits"
         )
 
 

@@ -1,5 +1,6 @@
-"""`--per_device_train_batch_size auto`: the largest micro-batches that the device holds."""
+"""`--per_device_train_batch_size auto`: on a GPU, as many examples of full length as its memory holds."""
 
+import dataclasses
 import logging
 import math
 
@@ -7,62 +8,123 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import collate
+from utils.data.batching import collate, measure_lengths
 from utils.data.prefetch import move_batch
+from utils.modeling.passes import accumulate, backward
+from utils.modeling.sharding import local_part
+from utils.modeling.strategies import is_deepspeed, is_sharded
+from utils.training.memory_estimate import MicroBatch, estimate_memory
 from utils.training.step import compute_target_logits, compute_training_loss
 
 logger = logging.getLogger(__name__)
+SIZE_ON_CPU = 16  # a CPU does not say what fits: the kernel kills a process that takes too much
+USED_SHARE = 0.9  # of the memory; the rest is for what other kernels and fragmentation take
 
 
-def find_batch_size(
+def choose_batch_size(
     accelerator: Accelerator,
     model: torch.nn.Module,
     data: datasets.Dataset,
-    lengths: np.ndarray,
     config: TrainingConfig,
+    remembered: int | None,
+) -> TrainingConfig:
+    """The config with a number in place of `auto`, the same on every process. Call it with a prepared model.
+
+    Args:
+        remembered: what the run that is resumed had, so that its steps are cut alike.
+    """
+    if config.per_device_train_batch_size != "auto":
+        return config
+    size = remembered or SIZE_ON_CPU
+    if not remembered and accelerator.device.type == "cuda":
+        size = find_batch_size(accelerator, model, data, config)
+    return dataclasses.replace(config, per_device_train_batch_size=size)
+
+
+def find_batch_size(
+    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig
 ) -> int:
-    """Most examples of full length whose forward and backward pass fit on the device of every process, by bisection
-    from the worst that the plan could ask for: the longest source with the longest target, as often as a step has
-    examples for a process."""
-    longest_source, longest_target = (int(index) for index in lengths.argmax(axis=0))
+    """How many of the longest source with the longest target fit into the memory of every process's GPU. What each one
+    takes shows in the gradients of one and of two."""
+    longest_source, longest_target = (int(index) for index in measure_lengths(data).argmax(axis=0))
     example = {"input_ids": [data[longest_source]["input_ids"]], "labels": [data[longest_target]["labels"]]}
-    # AdamW's two moments and the gradient of the micro-batches before are not there yet, but will be.
-    to_come = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
-    fits, too_many = 0, None
-    size = math.ceil(min(config.total_train_batch_size, len(data)) / accelerator.num_processes)
-    while size > fits:
-        if fits_device(accelerator, model, {name: values * size for name, values in example.items()}):
-            fits = size
-        else:
-            too_many = size
-        size = fits if too_many is None else (fits + too_many) // 2
-    del to_come
-    fits = int(accelerator.gather(torch.tensor([fits], device=accelerator.device)).min())
+    try:
+        # The first leaves what later ones find in place: gradients, workspaces of the libraries.
+        _, one, two = (
+            measure_peak(accelerator, model, {name: ids * size for name, ids in example.items()}) for size in (1, 1, 2)
+        )
+    except torch.OutOfMemoryError:
+        if is_sharded(accelerator):  # the others may be waiting for this process
+            raise
+        one = two = math.inf
+    if not is_deepspeed(accelerator):
+        model.zero_grad()
+    torch.cuda.empty_cache()
+    trained = [local_part(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    moments = 0 if is_deepspeed(accelerator) else 2 * sum(part.nbytes for part in trained)  # which DeepSpeed has made
+    fits = count_fitting(one, two, USED_SHARE * measure_memory(accelerator) - moments)
+    fits = min(gather_object([min(fits, most_needed(accelerator, config, len(data)))]))
     if fits == 0:
-        source, target = lengths.max(axis=0)
         raise UserError(
-            f"--per_device_train_batch_size auto: not even one example of {source} source and {target} target tokens "
-            "fits into memory; try --gradient_checkpointing, --max_source_length or another strategy"
+            f"--per_device_train_batch_size auto: not even one example of {len(example['input_ids'][0])} source and "
+            f"{len(example['labels'][0])} target tokens fits into memory; try --gradient_checkpointing, "
+            "--max_source_length or another strategy"
         )
     if accelerator.is_main_process:
-        logger.info("per_device_train_batch_size auto: %d examples of full length fit", fits)
+        logger.info("per_device_train_batch_size auto: %d examples of full length", fits)
     return fits
 
 
-def fits_device(accelerator: Accelerator, model: torch.nn.Module, examples: dict[str, list]) -> bool:
-    """Whether these examples' gradient can be computed; it is thrown away."""
+def estimate_batch_size(
+    accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig, free: int
+) -> TrainingConfig:
+    """What choose_batch_size will give, about: for a model on the meta device, with so many bytes for a process."""
+    size = SIZE_ON_CPU
+    if accelerator.device.type == "cuda":
+        size = max(1, estimate_fitting(accelerator, model, lengths, config, free))
+    return dataclasses.replace(config, per_device_train_batch_size=size)
+
+
+def estimate_fitting(
+    accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig, free: int
+) -> int:
+    source, target = lengths.max(axis=0).tolist()
+    micro_batches = (MicroBatch(size, source, target, size * source, size * target) for size in (1, 2))
+    one, two = (
+        sum(estimate_memory(accelerator, model, config, micro_batch, None, accumulating=True)[0].values())
+        for micro_batch in micro_batches
+    )
+    return min(count_fitting(one, two, USED_SHARE * free), most_needed(accelerator, config, len(lengths)))
+
+
+def most_needed(accelerator: Accelerator, config: TrainingConfig, num_examples: int) -> int:
+    """A process's share of an update."""
+    return math.ceil(min(config.total_train_batch_size, num_examples) / accelerator.num_processes)
+
+
+def count_fitting(one: float, two: float, memory: float) -> int:
+    """How many examples fit into so many bytes, of which one example takes `one` and two take `two`."""
+    if memory < one:
+        return 0
+    return 1 + int((memory - one) / max(1, two - one))
+
+
+def measure_peak(accelerator: Accelerator, model: torch.nn.Module, examples: dict[str, list]) -> int:
+    """Most bytes of the GPU's memory in use while the examples' gradient, times 0, is added to the gradient that is
+    there: under DeepSpeed it cannot be taken away again."""
     unwrapped = accelerator.unwrap_model(model)
-    try:
-        batch = move_batch(collate(examples, unwrapped.config.pad_token_id), unwrapped, accelerator.device)
-        with accelerator.no_sync(model):
-            loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
-            accelerator.backward(loss)
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+    batch = move_batch(collate(examples, unwrapped.config.pad_token_id), unwrapped, accelerator.device)
+    torch.cuda.reset_peak_memory_stats(accelerator.device)
+    model.train()
+    with accumulate(accelerator, model, last=False):
+        loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+        backward(accelerator, model, 0 * loss)
+    return torch.cuda.max_memory_allocated(accelerator.device)
+
+
+def measure_memory(accelerator: Accelerator) -> int:
+    """Bytes of the GPU's memory that this process has or can get."""
+    return torch.cuda.mem_get_info(accelerator.device)[0] + torch.cuda.memory_reserved(accelerator.device)

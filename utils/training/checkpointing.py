@@ -72,7 +72,7 @@ class Checkpointer:
         is_here = self.folder and self.folder.parent.resolve() == self.checkpoints_dir.resolve()
         self.last_saved = self.last_step if is_here else 0  # into output_dir
         same = self.state and self.state["num_processes"] == accelerator.num_processes
-        self.batch_size = self.state["per_device_train_batch_size"] if same else None  # what `auto` found
+        self.batch_size = self.state["per_device_train_batch_size"] if same else None  # None if it is free to choose
         self.writer = CheckpointWriter(self.output_dir, config.checkpoints_total_limit)
 
     def restore(
@@ -112,7 +112,7 @@ class Checkpointer:
             logger.info("resuming from %s", self.folder)
             text = "it was written with %s %s, here it is %s: the same training to rounding, not to the bit"
             for name, here in self.describe_processes().items():
-                if self.state[name] != here and here != "auto":
+                if self.state[name] != here:
                     logger.info(text, name, self.state[name], here)
         self.accelerator.wait_for_everyone()
         return self.interval
@@ -140,7 +140,6 @@ class Checkpointer:
         if not self.accelerator.is_main_process:
             return
         resume_state = {"lr_scheduler": self.lr_scheduler.state_dict(), "interval": interval}
-        resume_state["per_device_train_batch_size"] = self.batch_size
         self.writer.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | resume_state)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
@@ -214,7 +213,7 @@ class Checkpointer:
         return {
             "num_processes": self.accelerator.num_processes,
             "strategy": name_strategy(self.accelerator),
-            "per_device_train_batch_size": self.config.per_device_train_batch_size,
+            "per_device_train_batch_size": self.batch_size,
         }
 
 

@@ -1,6 +1,5 @@
 """The one training loop, for the full model and for LoRA alike: step, log, save, validate."""
 
-import functools
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +16,6 @@ from utils.data.prefetch import load_steps
 from utils.launch.stopping import StopRequest
 from utils.modeling.export import export_model
 from utils.modeling.loading import check_head
-from utils.training.batch_size import find_batch_size
 from utils.training.checkpointing import Checkpointer
 from utils.training.optimization import num_train_steps
 from utils.training.step import train_step
@@ -41,12 +39,8 @@ def train(
     num_steps = num_train_steps(config, len(lengths))
     stop = StopRequest(accelerator, config)
     model.train()
-    batch_size = config.per_device_train_batch_size
-    if batch_size == "auto":
-        batch_size = checkpointer.batch_size or find_batch_size(accelerator, model, train_data, lengths, config)
-    interval = checkpointer.restore(model, optimizer, lr_scheduler, batch_size)
+    interval = checkpointer.restore(model, optimizer, lr_scheduler, config.per_device_train_batch_size)
     check_head(accelerator.unwrap_model(model))
-    load = functools.partial(load_steps, accelerator, model, train_data, lengths, config)
     num_updates = checkpointer.last_step
     progress = tqdm(total=num_steps, initial=num_updates, unit="update", disable=not accelerator.is_main_process)
 
@@ -59,11 +53,11 @@ def train(
             log_interval(accelerator, model, config, num_updates, interval, progress)  # pending if the disk was full
         if is_due(config.eval_steps):
             validate(accelerator, model, tokenizer, validation_data, config, num_updates, stop, checkpointer)
-        for step in load(batch_size, range(num_updates + 1, num_steps + 1)):
+        numbers = range(num_updates + 1, num_steps + 1)
+        for step in load_steps(accelerator, model, train_data, lengths, config, numbers):
             started = time.perf_counter()
-            load_again = functools.partial(load, numbers=[step.number])
             loss_sum, learning_rate, grad_norm = train_step(
-                accelerator, model, optimizer, lr_scheduler, train_data, step, config, load_again
+                accelerator, model, optimizer, lr_scheduler, train_data, step, config
             )
             interval.add(step, loss_sum, learning_rate, grad_norm, seconds=time.perf_counter() - started)
             num_updates = step.number

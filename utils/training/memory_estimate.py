@@ -3,6 +3,7 @@ and devices and no content, is watched tensor by tensor. What a strategy shards 
 """
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def fake_model(model: torch.nn.Module, device: torch.device, mixed_precision: str) -> Iterator[None]:
-    """Within, a model on the meta device is one of FakeTensors on `device`, in training and under autocast as
-    Accelerate prepares it. To be called once a model."""
-    made = {}
+def fake_model(model: torch.nn.Module, device: torch.device, mixed_precision: str) -> Iterator[torch.nn.Module]:
+    """Of a model on the meta device one of FakeTensors on `device`, in training and under autocast as Accelerate
+    prepares it."""
+    model, made = copy.deepcopy(model), {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -91,7 +92,7 @@ def fake_model(model: torch.nn.Module, device: torch.device, mixed_precision: st
         if mixed_precision == "bf16":
             model.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(model.forward))
         model.train()
-        yield
+        yield model
 
 
 def measure_micro_batch(
@@ -186,9 +187,9 @@ def estimate_memory(
     _, trained = count_bytes(model)
     parts = share_out(accelerator, model)
     keep_gradients = not accumulating and not is_sharded(accelerator)
-    with fake_model(model, accelerator.device, config.mixed_precision):
-        peak, logits = measure_micro_batch(accelerator, model, training, keep_gradients)
-        no_gradients = measure_micro_batch(accelerator, model, validation, None)[0] if validation else 0
+    with fake_model(model, accelerator.device, config.mixed_precision) as fake:
+        peak, logits = measure_micro_batch(accelerator, fake, training, keep_gradients)
+        no_gradients = measure_micro_batch(accelerator, fake, validation, None)[0] if validation else 0
     parts |= {"activations": max(0, peak - logits - trained * keep_gradients), "logits": logits}
     at_rest = AT_REST.get(name_strategy(accelerator), ("parameters", "optimizer", "copies"))
     resting = sum(parts[name] for name in at_rest)

@@ -25,6 +25,7 @@ from utils.launch.output_dir import find_existing, find_run_files
 from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand
 from utils.modeling.strategies import name_strategy
+from utils.training.batch_size import estimate_batch_size
 from utils.training.checkpoint_files import choose_checkpoint, identity_settings
 from utils.training.memory_estimate import MicroBatch, count_bytes, estimate_memory
 
@@ -40,8 +41,11 @@ def report_preflight(
     run: dict[str, Any],
 ):
     """Print the screen once; UserError, on every process, if the run cannot start."""
-    micro_batches = plan_first_steps(accelerator, config, measure_lengths(train_data), run["num_train_steps"])
+    lengths = measure_lengths(train_data)
     free = min(gather_object([measure_free_memory(accelerator)]))
+    if config.per_device_train_batch_size == "auto":
+        config = estimate_batch_size(accelerator, model, lengths, config, free)
+    micro_batches = plan_first_steps(accelerator, config, lengths, run["num_train_steps"])
     problem = None
     if accelerator.is_main_process:
         try:
@@ -56,7 +60,7 @@ def report_preflight(
             if needed > free:
                 problem = (
                     f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} "
-                    "are free for each; lower --per_device_train_batch_size (auto, on a GPU), set "
+                    "are free for each; lower --per_device_train_batch_size, set "
                     "--gradient_checkpointing, or see accelerate_configs/ for sharding"
                 )
             verdict = "it cannot start: see the error" if problem else "it can start"
@@ -74,8 +78,8 @@ def report_preflight(
 def plan_first_steps(
     accelerator: Accelerator, config: TrainingConfig, lengths: np.ndarray, num_steps: int
 ) -> list[list[MicroBatch]]:
-    """Of each process its micro-batches of the run's first steps. For `auto`, of one example each."""
-    size = 1 if config.per_device_train_batch_size == "auto" else config.per_device_train_batch_size
+    """Of each process its micro-batches of the run's first steps."""
+    size = config.per_device_train_batch_size
     steps = range(min(num_steps, NUM_STEPS_PLANNED))
     rank, world = accelerator.process_index, accelerator.num_processes
     launch_cost = launch_cost_on(accelerator.device)
@@ -156,12 +160,12 @@ def describe_plan(
     per_update = len(micro_batches[0]) / num_planned
     efficiency = sum(m.num_tokens for m in everywhere) / sum(m.num_computed_tokens for m in everywhere)
     largest = find_largest(everywhere)
-    auto = "; auto: as many as fit, here one at a time" * (config.per_device_train_batch_size == "auto")
     return [
         "",
         f"steps       {num_steps:,} updates of {num_examples:,} examples; validation every "
         f"{config.eval_steps:,}, a checkpoint every {config.checkpointing_steps:,}",
-        f"plan        {per_update:.1f} micro-batches per update and process{auto}",
+        f"plan        {per_update:.1f} micro-batches per update and process, of at most the tokens of "
+        f"{config.per_device_train_batch_size} examples of full length",
         f"            {efficiency:.3f} of the computed tokens are no padding, in the first {num_planned} updates",
         f"            largest micro-batch: {largest.num_examples} examples of up to {largest.source_length:,} source "
         f"and {largest.target_length:,} target tokens",

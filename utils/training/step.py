@@ -4,9 +4,7 @@ The gradient is that of one large batch, whatever the number of processes and mi
 sum over its target tokens, divided by the target tokens of the whole step.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
@@ -15,11 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 
-from utils.config import TrainingConfig, UserError
+from utils.config import TrainingConfig
 from utils.data.prefetch import Step
 from utils.modeling.passes import accumulate, backward, update_weights
-
-logger = logging.getLogger(__name__)
 
 
 def train_step(
@@ -30,12 +26,8 @@ def train_step(
     data: datasets.Dataset,
     step: Step,
     config: TrainingConfig,
-    load_again: Callable[[int], Iterator[Step]],
 ) -> tuple[torch.Tensor, float, float]:
     """Update the weights once.
-
-    Args:
-        load_again: gives the same step in micro-batches of so many examples, should one not fit into memory.
 
     Returns:
         The sum of this process's losses, still on the device; the learning rate; the gradient's norm before clipping.
@@ -46,10 +38,7 @@ def train_step(
     # Dropout depends only on seed, step and rank, so a checkpoint need not hold a generator's state.
     seed = np.random.SeedSequence([config.seed, step.number, accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1)[0]))
-    if config.per_device_train_batch_size == "auto":
-        loss_sums = compute_gradient_or_retry(accelerator, model, step, load_again)
-    else:
-        loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens)
+    loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens)
     learning_rate = lr_scheduler.get_last_lr()[0]
     grad_norm = update_weights(accelerator, model, optimizer, config.max_grad_norm)
     if not math.isfinite(grad_norm):
@@ -61,42 +50,22 @@ def train_step(
 
 
 def compute_gradient(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    micro_batches: list[dict],
-    num_target_tokens: int,
-    recover: bool = False,
+    accelerator: Accelerator, model: torch.nn.Module, micro_batches: list[dict], num_target_tokens: int
 ) -> list[torch.Tensor]:
     """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
     process has equally many; whole gradients are synchronised once, with the last.
 
-    With `recover`, a micro-batch that does not fit raises torch.OutOfMemoryError on every process: they agree on it
-    before they synchronise, which then does not overlap with the last backward pass.
-
     Returns:
         The micro-batches' sums of losses, still on the device.
     """
-    synchronise_after = recover and accelerator.num_processes > 1
-    loss_sums, error = [], None
-    try:
-        for turn, batch in enumerate(micro_batches, start=1):
-            last = turn == len(micro_batches)
-            with accumulate(accelerator, model, last and not synchronise_after):
-                # The logits get no name: they would live on while the backward pass needs the memory.
-                loss_sum = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
-                # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
-                backward(accelerator, model, loss_sum * (accelerator.num_processes / num_target_tokens))
-            loss_sums.append(loss_sum.detach())
-    except torch.OutOfMemoryError as out_of_memory:
-        if not synchronise_after:
-            raise
-        error = out_of_memory.with_traceback(None)  # its traceback would keep the memory in use
-    if synchronise_after:
-        if accelerator.gather(torch.tensor([error is not None], device=accelerator.device)).any():
-            raise error or torch.OutOfMemoryError("on another process")
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    loss_sums = []
+    for turn, batch in enumerate(micro_batches, start=1):
+        with accumulate(accelerator, model, last=turn == len(micro_batches)):
+            # The logits get no name: they would live on while the backward pass needs the memory.
+            loss_sum = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+            # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
+            backward(accelerator, model, loss_sum * (accelerator.num_processes / num_target_tokens))
+        loss_sums.append(loss_sum.detach())
     return loss_sums
 
 
@@ -145,24 +114,3 @@ def find_bad_examples(
     """Ids of all examples, on all processes, in micro-batches whose loss is not finite."""
     bad = [indices for indices, loss in zip(micro_batches, loss_sums, strict=True) if not torch.isfinite(loss)]
     return gather_object([data[int(index)]["id"] for indices in bad for index in indices])
-
-
-def compute_gradient_or_retry(
-    accelerator: Accelerator, model: torch.nn.Module, step: Step, load_again: Callable[[int], Iterator[Step]]
-) -> list[torch.Tensor]:
-    """As compute_gradient, but if a micro-batch does not fit into memory, start the step over with micro-batches of
-    half the size, on all processes alike. Replaces `batch_size` and `micro_batches` of `step`."""
-    while True:
-        try:
-            return compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens, recover=True)
-        except torch.OutOfMemoryError as error:
-            if step.batch_size == 1:
-                raise UserError(f"one example does not fit into memory: {error}") from error
-        # Here and not above, where the exception still holds what filled the memory.
-        model.zero_grad()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        smaller = step.batch_size // 2
-        if accelerator.is_main_process:
-            logger.warning("out of memory at batch size %d: the step is taken again at %d", step.batch_size, smaller)
-        step.batch_size, step.micro_batches = smaller, next(load_again(smaller)).micro_batches

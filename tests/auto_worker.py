@@ -1,0 +1,40 @@
+"""Run a training script with --per_device_train_batch_size auto as on GPUs of which the main process's holds three
+examples and the others five. The passes are real; what a GPU would say of its memory is made up.
+
+    torchrun --nproc-per-node 2 tests/auto_worker.py train_full.py ...
+"""
+
+import dataclasses
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.config import TrainingConfig
+from utils.training import batch_size
+
+EXAMPLE, REST = 100, 1000  # bytes
+peaks = iter((REST, REST + EXAMPLE, REST + 2 * EXAMPLE))  # of the passes with 1, 1 and 2 examples
+
+
+def choose_batch_size(accelerator: Accelerator, model, data, config: TrainingConfig, remembered: None):
+    fits = 3 if accelerator.is_main_process else 5
+    trained = 4 * sum(batch_size.local_part(p).numel() for p in model.parameters() if p.requires_grad)
+    moments = 0 if batch_size.is_deepspeed(accelerator) else 2 * trained
+    # Half an example more than fits.
+    batch_size.measure_memory = lambda accelerator: (REST + (fits + 0.5) * EXAMPLE + moments) / batch_size.USED_SHARE
+    return dataclasses.replace(
+        config, per_device_train_batch_size=batch_size.find_batch_size(accelerator, model, data, config)
+    )
+
+
+if __name__ == "__main__":
+    torch.cuda.reset_peak_memory_stats = lambda device: None
+    torch.cuda.max_memory_allocated = lambda device: next(peaks)
+    batch_size.choose_batch_size = choose_batch_size
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
