@@ -31,11 +31,13 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 
 import train_full
 import train_lora
+import utils.training.loop
 import utils.training.step
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
+from utils.launch.script import run
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.lora import add_lora
 from utils.modeling.passes import clip_gradient
@@ -236,6 +238,27 @@ def test_same_run_twice_is_the_same_to_the_bit(flan_t5, data_files, tmp_path):
         train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / name)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_deterministic(flan_t5, data_files, tmp_path, monkeypatch, capsys):
+    """The setting reaches PyTorch, a training has no operation that is refused, and one that is refused is named."""
+    train_step = utils.training.step.train_step
+
+    def train_and_put(*arguments):
+        train_step(*arguments)
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+    monkeypatch.setattr(utils.training.loop, "train_step", train_and_put)
+    words = ("--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--mixed_precision", "no")
+    words = ["train_full.py", *words, "--output_dir", tmp_path / "out", "--deterministic", "true"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        assert run(train_full.main, TrainingConfig, "train_full.yaml") == 2
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert "error: --deterministic: put_ has no deterministic implementation\n" in capsys.readouterr().err
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.slow

@@ -104,6 +104,10 @@ class OptimizationConfig(Config):
     max_grad_norm: float = setting(1.0, "largest L2 norm of the gradient")
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
+    deterministic: bool = setting(
+        False,
+        "on a GPU: the same bits whenever the run is repeated or resumed, as on a CPU; slower",
+    )
 
     def __post_init__(self):
         super().__post_init__()

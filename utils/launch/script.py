@@ -30,7 +30,6 @@ def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     if issubclass(config_class, TrainingConfig):
         hold_early_signals()
     start_logging()
-    configure_gpus()
     code = run(main, config_class, demo_file)
     if code in (0, EXIT_STOPPED):  # else the others may be waiting, and are ended by the launcher
         leave_process_group()
@@ -43,6 +42,7 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
     try:
         config = parse_config(config_class, demo_file, sys.argv[1:])
         check_launcher(config)
+        configure_gpus(config)
         with logging_redirect_tqdm():
             main(config)
         return 0
@@ -56,6 +56,11 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
     except BrokenPipeError:  # whoever read the tables has gone; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        return report_mistake(f"--deterministic: {operation} has no deterministic implementation")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -85,14 +90,19 @@ def start_logging():
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
-def configure_gpus():
-    """PyTorch's settings that suit micro-batches of ever new lengths; to be called before CUDA starts."""
+def configure_gpus(config: Any):
+    """PyTorch's settings that suit micro-batches of ever new lengths, and --deterministic; to be called before CUDA
+    starts."""
     # cuDNN's attention, PyTorch's first choice on an H100, plans each new pair of batch size and lengths anew, for 60
     # to 90 ms. Here every micro-batch is such a pair, and in decoding every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Tensors of ever new sizes fragment memory that is taken in blocks of fixed size.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if getattr(config, "deterministic", False):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which PyTorch refuses matrix products
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, and costs time
 
 
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")

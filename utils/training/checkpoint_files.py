@@ -192,7 +192,7 @@ FREE_SETTINGS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "attn_implementation", "gradient_checkpointing",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "merge_into",
     "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "max_time", "preflight", "report_to",
+    "max_time", "preflight", "report_to", "deterministic",
 }  # fmt: skip
 
 
