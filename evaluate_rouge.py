@@ -21,7 +21,7 @@ from demo.facts import guess_summaries, read_facts, score_facts
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
 from utils.generation.partial_texts import remove_batches
-from utils.generation.summaries import summarize_with_models
+from utils.generation.summaries import choose_dtype, summarize_with_models
 from utils.launch.output_dir import check_output_dir
 from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
@@ -42,6 +42,7 @@ def main(config: EvaluationConfig):
     example |= rows[example["index"]]
     facts = read_facts(config, dialogues) if config.demo else []
     accelerator = start_evaluation()
+    config = choose_dtype(accelerator, config)
 
     # Of each model, by dialogue: `summaries[name][dialogue]`.
     if config.predictions_file:

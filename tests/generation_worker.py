@@ -42,7 +42,7 @@ def main(model_path: str, folder: str):
     for mode, settings in MODES.items():
         # 12 new tokens: some texts end before, some are cut. Small batches, of unequal numbers of prompts.
         config = EvaluationConfig(
-            max_new_tokens=12, per_device_eval_batch_size=3, output_dir=f"{folder}/{mode}", **settings
+            max_new_tokens=12, per_device_eval_batch_size=3, dtype="fp32", output_dir=f"{folder}/{mode}", **settings
         )
         model, tokenizer = load_model(model_path, "sdpa", torch.float32), load_tokenizer(model_path)
         summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "model", {})

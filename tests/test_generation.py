@@ -19,11 +19,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 
 from utils.config import EvaluationConfig, UserError
 from utils.data.micro_batches import deal
-from utils.generation.decoding import decode_batch
+from utils.generation.decoding import cached_bytes_per_token, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, read_batches, remove_batches
-from utils.generation.summaries import cut_batches, estimate_cost, generate_summaries
+from utils.generation.summaries import DTYPES, cut_batches, estimate_cost, generate_summaries
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.prompting import build_prompt
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def unsure_model(tmp_path_factory) -> Path:
 def generate(folder: Path, dialogues: list[str], **settings):
     model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
     with tempfile.TemporaryDirectory() as output_dir:
-        config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": output_dir} | settings))
+        config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": output_dir, "dtype": "fp32"} | settings))
         summaries = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", {})
         return [summaries[dialogue] for dialogue in dialogues]
 
@@ -131,20 +133,56 @@ def test_batches_are_bounded_by_tokens_and_hold_each_prompt_once():
     lengths = [*range(20, 1020, 2), 1000]
     for size, num_beams in itertools.product((4, 32), (1, 4)):
         config = EvaluationConfig(per_device_eval_batch_size=size, num_beams=num_beams, max_new_tokens=24)
-        batches = cut_batches(lengths, config)
+        batches = cut_batches(lengths, config, CPU)
         assert sorted(itertools.chain(*batches)) == list(range(501))
         longest = [max(lengths[index] for index in batch) for batch in batches]
         assert longest == sorted(longest, reverse=True)
         tokens = [num_beams * len(batch) * (top + 24) for batch, top in zip(batches, longest, strict=True)]
         assert max(tokens) <= max(size, num_beams) * (1018 + 24)
-    assert len(cut_batches(lengths[:20], EvaluationConfig())) == 1  # few prompts are not torn apart
+    assert len(cut_batches(lengths[:20], EvaluationConfig(), CPU)) == 1  # few prompts are not torn apart
+
+
+def test_batches_on_a_gpu_are_as_large_as_memory_allows():
+    lengths, gpu = [*range(20, 1020, 2)], torch.device("cuda")
+    assert len(cut_batches(lengths, EvaluationConfig(max_new_tokens=24), gpu, 10**6)) == 1
+    for num_beams in (1, 4):
+        batches = cut_batches(lengths, EvaluationConfig(max_new_tokens=24, num_beams=num_beams), gpu, 100_000)
+        tokens = [num_beams * len(batch) * (max(lengths[index] for index in batch) + 24) for batch in batches]
+        assert all(80_000 < num_tokens <= 100_000 for num_tokens in tokens[:-1]) and tokens[-1] <= 100_000
+
+
+def test_a_cached_token(flan_t5):
+    """Two layers' keys and values of 4 heads of 8."""
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        assert cached_bytes_per_token(load_model(str(flan_t5), "sdpa", dtype)) == 2 * 2 * 4 * 8 * size
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_dtype_is_that_of_all_weights(flan_t5, monkeypatch, dtype):
+    found = set()
+    original = T5ForConditionalGeneration.generate
+
+    def watch(model, **inputs):
+        found.update(parameter.dtype for parameter in model.parameters())
+        return original(model, **inputs)
+
+    monkeypatch.setattr(T5ForConditionalGeneration, "generate", watch)
+    dialogues = [row["dialogue"] for row in make_rows(3)]
+    texts = generate(flan_t5, dialogues, dtype=dtype, per_device_eval_batch_size=1)
+    assert found == {DTYPES[dtype]}
+    stock, tokenizer = T5ForConditionalGeneration.from_pretrained(flan_t5), AutoTokenizer.from_pretrained(flan_t5)
+    stock = stock.to(DTYPES[dtype]).eval()
+    for dialogue, summary in zip(dialogues, texts, strict=True):
+        inputs = tokenizer(build_prompt(dialogue), return_tensors="pt")
+        (ids,) = original(stock, **inputs, do_sample=False, max_new_tokens=12)
+        assert summary.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("num_processes", [2, 4, 8, 16])
 def test_processes_get_shares_of_equal_cost(num_processes):
     lengths = list(range(60, 660, 2))
     config = EvaluationConfig()
-    batches = cut_batches(lengths, config)
+    batches = cut_batches(lengths, config, CPU)
     assert len(batches) == 16
     costs = [estimate_cost([lengths[index] for index in batch], config) for batch in batches]
     shares = [deal(list(range(16)), costs, rank, num_processes) for rank in range(num_processes)]
@@ -266,7 +304,7 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
         dialogues[0] += "!"
     elif change == "max_new_tokens":
         settings["max_new_tokens"] = 13
-    config = EvaluationConfig(**({"max_new_tokens": 12} | settings))
+    config = EvaluationConfig(**({"max_new_tokens": 12, "dtype": "fp32"} | settings))
     texts = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", kept)
     num_kept = sum(summary.text == "kept" for summary in texts.values())
     assert num_kept == {"nothing": 3, "dialogue": 2}.get(change, 0)

@@ -68,8 +68,10 @@ class RunConfig(Config):
     output_dir: str = setting("./output", "folder for all that the run leaves")
     overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
     seed: int = setting(42, "seed of everything that is random")
-    per_device_eval_batch_size: int = setting(
-        32, "examples of full length in one forward pass of validation or generation; of shorter ones more"
+    per_device_eval_batch_size: size_or_auto = setting(
+        "auto",
+        "examples of full length in one forward pass of validation or generation, of shorter ones more; auto: 32, and "
+        "for generation as many as a quarter of a GPU's memory holds",
     )
     attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
     demo: bool = setting(False, "take the tiny model and data of demo/: no network, minutes on two CPU cores")
@@ -78,6 +80,10 @@ class RunConfig(Config):
         super().__post_init__()
         if not 0 <= self.seed < 2**63:  # what torch takes
             raise UserError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
+
+    @property
+    def eval_batch_size(self) -> int:
+        return 32 if self.per_device_eval_batch_size == "auto" else self.per_device_eval_batch_size
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,9 @@ class ScoringConfig(Config):
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "precision of the models that generate; auto: bf16 on a GPU that computes in it, else fp32"
+    )
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")

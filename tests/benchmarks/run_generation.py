@@ -49,7 +49,9 @@ class Counter:
 
 
 def prepare_ours(path, model, tokenizer, dialogues, num_beams):
-    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, output_dir=tempfile.mkdtemp())
+    config = EvaluationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, dtype="fp32", output_dir=tempfile.mkdtemp()
+    )
     accelerator = Accelerator()
 
     def summarize():

@@ -15,7 +15,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from utils.config import EvaluationConfig
 
 # Padded tokens that the encoder takes at once: enough to keep a device busy, and few enough that little is padding.
-ENCODER_TOKENS = 2048
+# The CPU's was measured.
+ENCODER_TOKENS = {"cpu": 2048, "cuda": 32_768}
+# Of a GPU's memory, for the keys and values of a batch.
+CACHE_SHARE = 0.25
 # Texts that have ended are taken out of the batch when they are this share of it.
 ENDED_SHARE = 0.25
 # The score of a beam that is out of the race.
@@ -41,11 +44,30 @@ def decode_batch(
     return [(ids, is_truncated(model, ids, config.max_new_tokens)) for ids in decoded]
 
 
+def count_cached_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int | None:
+    """How many tokens, of prompts and new ones, of all beams, CACHE_SHARE of the GPU's memory holds; None on a CPU, or
+    where the user has said how many prompts are to be taken."""
+    if model.device.type != "cuda" or config.per_device_eval_batch_size != "auto":
+        return None
+    return int(
+        CACHE_SHARE * torch.cuda.get_device_properties(model.device).total_memory / cached_bytes_per_token(model)
+    )
+
+
+@torch.no_grad()
+def cached_bytes_per_token(model: PreTrainedModel) -> int:
+    """Keys and values of all layers, of a source's token; a new one takes as many."""
+    token = torch.full((1, 1), model.config.pad_token_id, device=model.device)
+    cache = model(input_ids=token, decoder_input_ids=token, use_cache=True).past_key_values.cross_attention_cache
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 def encode(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
     """(prompts, longest prompt, d_model), zero where a prompt has ended; encoded in pieces of ENCODER_TOKENS."""
+    num_tokens = ENCODER_TOKENS.get(model.device.type, ENCODER_TOKENS["cuda"])
     pieces, start = [], 0
     while start < len(prompts):
-        piece = prompts[start : start + max(1, ENCODER_TOKENS // len(prompts[start]))]
+        piece = prompts[start : start + max(1, num_tokens // len(prompts[start]))]
         input_ids = [torch.tensor(prompt) for prompt in piece]
         mask = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
         padded = pad_sequence(input_ids, batch_first=True, padding_value=model.config.pad_token_id)

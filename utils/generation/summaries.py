@@ -1,5 +1,6 @@
 """Summaries of dialogues, generated once per distinct dialogue and shared out over the processes."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -16,14 +17,26 @@ from utils.config import EvaluationConfig
 from utils.data.micro_batches import deal, micro_batch_cost
 from utils.data.tokens import describe_tokenizer, tokenize_prompts
 from utils.files import hash_value
-from utils.generation.decoding import decode_batch
+from utils.generation.decoding import count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
 from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
-NUM_BATCHES, MIN_PROMPTS = 16, 16
+NUM_BATCHES = 16
+# In a batch, unless memory bounds it. A GPU decodes hundreds of texts in about the time of a few: each token is some
+# five hundred launches, however many texts it is for.
+MIN_PROMPTS = {"cpu": 16, "cuda": 512}
 # What the texts follow from, beside model, prompt and versions.
-DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "length_penalty")
+DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "length_penalty", "dtype")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def choose_dtype(accelerator: Accelerator, config: EvaluationConfig) -> EvaluationConfig:
+    """The config with a dtype in place of `auto`."""
+    if config.dtype != "auto":
+        return config
+    is_fast = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(config, dtype="bf16" if is_fast else "fp32")
 
 
 def summarize_with_models(
@@ -67,8 +80,12 @@ def generate_summaries(
     versions = [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")]
     model_identity = [hash_model(model), describe_tokenizer(tokenizer)]
     origin = hash_value([*model_identity, settings, versions, accelerator.device.type])
-    decode = partial(decode_batch, model.to(accelerator.device).eval(), config=config)
-    summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, config, name, origin, kept)
+    model = model.to(accelerator.device, DTYPES[config.dtype]).eval()
+    token_limits = gather_object([count_cached_tokens(model, config)])
+    token_limit = None if None in token_limits else min(token_limits)
+    batches = cut_batches(list(map(len, prompt_ids)), config, accelerator.device, token_limit)
+    decode = partial(decode_batch, model, config=config)
+    summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, batches, config, name, origin, kept)
     return dict(zip(distinct, summaries, strict=True))
 
 
@@ -77,6 +94,7 @@ def generate_texts(
     decode: Callable[[list[list[int]]], list[tuple[list[int], bool]]],
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
+    batches: list[list[int]],
     config: EvaluationConfig,
     name: str | None = None,
     origin: str | None = None,
@@ -85,11 +103,11 @@ def generate_texts(
     """One for each prompt, on every process; with a name, progress is shown.
 
     Args:
+        batches: of indices of the prompts, see cut_batches.
         decode: from a batch of prompts to each one's new tokens and whether they were cut at max_new_tokens.
         origin: a fingerprint of all that the texts follow from, beside the prompts. With it, the batches that are
             `kept` are not decoded again, and those that are decoded go to a file as they end.
     """
-    batches = cut_batches(list(map(len, prompt_ids)), config)
     keys = [hash_value([origin, [prompt_ids[index] for index in batch]]) for batch in batches]
     kept = kept or {}
     done = {key: kept[key] for key, batch in zip(keys, batches, strict=True) if len(kept.get(key, ())) == len(batch)}
@@ -119,18 +137,21 @@ def generate_texts(
     return [by_index[index] for index in range(len(prompt_ids))]
 
 
-def cut_batches(lengths: list[int], config: EvaluationConfig) -> list[list[int]]:
+def cut_batches(
+    lengths: list[int], config: EvaluationConfig, device: torch.device, token_limit: int | None = None
+) -> list[list[int]]:
     """Indices of the prompts of each batch, longest first. They do not depend on the number of processes, so the texts
     do not either.
 
     A batch is bounded by the tokens that the model's cache may come to hold, padded sources and new ones, of all
-    beams: at most those of per_device_eval_batch_size prompts of full length. If that allows it there are NUM_BATCHES
-    of about equal cost, for several processes to share, but of no fewer than about MIN_PROMPTS prompts.
+    beams: at most token_limit, or those of per_device_eval_batch_size prompts of full length. If that allows it there
+    are NUM_BATCHES of about equal cost, for several processes to share, but of no fewer than about MIN_PROMPTS.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    token_limit = config.per_device_eval_batch_size * (lengths[longest_first[0]] + config.max_new_tokens)
+    token_limit = token_limit or config.eval_batch_size * (lengths[longest_first[0]] + config.max_new_tokens)
     costs = {index: estimate_cost([lengths[index]], config) for index in longest_first}
-    share = sum(costs.values()) / min(NUM_BATCHES, max(1, len(lengths) // MIN_PROMPTS))
+    least = MIN_PROMPTS.get(device.type, MIN_PROMPTS["cuda"])
+    share = sum(costs.values()) / min(NUM_BATCHES, max(1, len(lengths) // least))
     batches, cost_so_far = [[]], 0
     for index in longest_first:
         batch = batches[-1]

@@ -187,7 +187,7 @@ def describe_memory(
         lengths = measure_lengths(validation_data)
         plan = plan_pass(
             lengths,
-            config.per_device_eval_batch_size,
+            config.eval_batch_size,
             0,
             accelerator.num_processes,
             launch_cost_on(accelerator.device),

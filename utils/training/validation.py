@@ -15,7 +15,7 @@ from utils.data.batching import measure_lengths, plan_pass
 from utils.data.micro_batches import launch_cost_on
 from utils.data.prefetch import load_batches
 from utils.generation.decoding import decode_batch
-from utils.generation.summaries import generate_texts
+from utils.generation.summaries import cut_batches, generate_texts
 from utils.launch.stopping import StopRequest
 from utils.modeling.passes import evaluating
 from utils.scoring.rouge import score_texts
@@ -43,7 +43,7 @@ def evaluate_loss(
         accelerator.num_processes,
         launch_cost_on(accelerator.device),
     )
-    plan = plan_pass(lengths, config.per_device_eval_batch_size, rank, world, launch_cost)
+    plan = plan_pass(lengths, config.eval_batch_size, rank, world, launch_cost)
     examples, loss_sums = [], []
     with evaluating(model):
         for number, batch in enumerate(load_batches(accelerator, model, data, plan)):
@@ -72,11 +72,12 @@ def score_sample(
     """The ROUGE that metric_for_best_model names: its mean over greedy summaries of the first 64 validation rows."""
     sample = data[:64]
     settings = EvaluationConfig(
-        max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.per_device_eval_batch_size
+        max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.eval_batch_size
     )
     decode = functools.partial(decode_batch, accelerator.unwrap_model(model), config=settings)
     with evaluating(model):
-        summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], settings)
+        batches = cut_batches(list(map(len, sample["input_ids"])), settings, accelerator.device)
+        summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], batches, settings)
     references = [[text] for text in tokenizer.batch_decode(sample["labels"], skip_special_tokens=True)]
     scores = score_texts([summary.text for summary in summaries], references, use_stemmer=False)
     return {config.metric_for_best_model: float(np.mean(scores[config.metric_for_best_model]))}
