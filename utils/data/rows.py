@@ -16,9 +16,11 @@ import pyarrow.parquet
 
 from utils.config import SPLITS, DataConfig, UserError, nearest
 from utils.launch.hub import explain_hub_errors
+from utils.launch.times import timed
 from utils.prompting import clean_text
 
 
+@timed("data")
 def load_rows(
     config: DataConfig, split: str, max_samples: int | None = None, optional: bool = False
 ) -> list[dict[str, str]]:

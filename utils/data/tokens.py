@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.config import UserError
 from utils.files import hash_value
+from utils.launch.times import timed
 from utils.prompting import PROMPT_SUFFIX, build_prompt
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, m
     return cut, [len(ids) for ids in prompt_ids]
 
 
+@timed("data")
 def tokenize_rows(
     accelerator: Accelerator, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, config: Any, split: str
 ) -> datasets.Dataset | None:

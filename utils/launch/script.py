@@ -23,6 +23,7 @@ from utils.launch.command_line import parse_config
 from utils.launch.launcher import check_launcher
 from utils.launch.processes import leave_process_group
 from utils.launch.stopping import EXIT_STOPPED, hold_early_signals
+from utils.launch.times import charge_imports
 
 
 def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
@@ -30,6 +31,7 @@ def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     if issubclass(config_class, TrainingConfig):
         hold_early_signals()
     start_logging()
+    charge_imports()
     code = run(main, config_class, demo_file)
     if code in (0, EXIT_STOPPED):  # else the others may be waiting, and are ended by the launcher
         leave_process_group()

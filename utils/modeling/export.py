@@ -18,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 from utils.config import UserError
 from utils.files import raise_disk_errors, write_json
 from utils.launch.output_dir import find_checkpoints
+from utils.launch.times import timed
 from utils.modeling.loading import keep_untied_head
 from utils.modeling.sharding import gather_tensor, without_zero3
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
 
+@timed("export")
 def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
     """Write the full model, or the adapter alone, and the tokenizer into `folder`; every process must call it."""
     model = accelerator.unwrap_model(model)

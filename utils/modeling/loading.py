@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.launch.hub import explain_hub_errors
+from utils.launch.times import timed
 from utils.modeling.shapes import load_shapes
 from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
@@ -43,6 +44,7 @@ def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> Pr
     return tokenizer
 
 
+@timed("the model")
 def load_model(
     name_or_path: str,
     attn_implementation: str,

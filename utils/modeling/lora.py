@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from utils.config import LoraTrainingConfig, UserError
 from utils.launch.output_dir import check_path, check_writable, find_run_files
+from utils.launch.times import timed
 from utils.modeling.export import write_model
 from utils.modeling.loading import load_model
 from utils.modeling.sharding import without_zero3
@@ -24,6 +25,7 @@ NUM_COMPARED = 4  # training examples that the merged model must agree on
 LARGEST_DIFFERENCE = 1e-4
 
 
+@timed("the model")
 def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> PreTrainedModel:
     """The model that gets an adapter. It needs no small updates, so half the bytes of fp32 do, or an eighth."""
     name, attention = config.model_name_or_path, config.attn_implementation
@@ -91,6 +93,7 @@ def check_merge_dir(config: LoraTrainingConfig):
     check_writable(folder, "merge_into")
 
 
+@timed("merge")
 def merge_adapter(
     accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, config: LoraTrainingConfig
 ):

@@ -1,35 +1,17 @@
-"""A finished evaluation for people: the console, report.md and report.html; and the loss curve of a training."""
+"""A finished evaluation for people: the console, report.md and report.html."""
 
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from matplotlib.figure import Figure
 
 from utils.config import EvaluationConfig, UserError
 from utils.data.rows import parse_json, read_file
 from utils.files import describe_file, write_file
 from utils.scoring.html_report import build_page
 from utils.scoring.tables import Table, build_tables
-
-
-def plot_loss_curve(output_dir: str | Path):
-    """Draw the losses in output_dir/metrics.jsonl as output_dir/loss_curve.png."""
-    lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines]
-    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot's, which looks for a display
-    axes = figure.subplots()
-    for split, style in (("train", "-"), ("validation", "o-")):
-        points = [(line["step"], line["loss"]) for line in metrics if line["split"] == split]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=split)
-    axes.set(xlabel="optimizer updates", ylabel="loss per target token (nats)", title=Path(output_dir).name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(Path(output_dir) / "loss_curve.png", dpi=150)
 
 
 def show_report(config: EvaluationConfig):

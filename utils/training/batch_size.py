@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import collate, measure_lengths
 from utils.data.prefetch import move_batch
+from utils.launch.times import timed
 from utils.modeling.passes import accumulate, backward
 from utils.modeling.sharding import local_part
 from utils.modeling.strategies import is_deepspeed, is_sharded
@@ -44,6 +45,7 @@ def choose_batch_size(
     return dataclasses.replace(config, per_device_train_batch_size=size)
 
 
+@timed("batch size")
 def find_batch_size(
     accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig
 ) -> int:

@@ -24,6 +24,7 @@ from utils.config import TrainingConfig, UserError
 from utils.files import write_file
 from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_folder
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
+from utils.launch.times import timed
 from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
 from utils.modeling.strategies import name_strategy
 from utils.training.checkpoint_files import (
@@ -122,6 +123,7 @@ class Checkpointer:
         for name, parameter in trainable_parameters(self.accelerator, self.model).items():
             set_parameter(parameter, weights[name])
 
+    @timed("checkpoints")
     def save(self, step: int):
         """Save the state after `step` updates, unless that is done. Training waits for the copy of the tensors, not
         for the disk."""
@@ -143,6 +145,7 @@ class Checkpointer:
         self.writer.write(self.checkpoints_dir / f"step_{step:06d}", tensors, self.describe_state(step) | resume_state)
         logger.info("step %d checkpoint, training waited %.2f s", step, time.perf_counter() - started)
 
+    @timed("checkpoints")
     def save_if_best(self, step: int, value: float):
         """Keep these weights if no earlier validation gave a lower `value`."""
         if self.best and self.best["value"] <= value:
@@ -177,6 +180,7 @@ class Checkpointer:
             raise UserError(f"{error}; step {self.last_step} is saved, resume with --resume_from_checkpoint latest")
         sys.exit(EXIT_STOPPED)
 
+    @timed("checkpoints")
     def finish(self):
         """Wait for what is being written, take the best weights if that is asked for, and let go of the model."""
         self.writer.wait()

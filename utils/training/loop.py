@@ -14,6 +14,7 @@ from utils.config import TrainingConfig, UserError
 from utils.data.batching import measure_lengths
 from utils.data.prefetch import load_steps
 from utils.launch.stopping import StopRequest
+from utils.launch.times import timed
 from utils.modeling.export import export_model
 from utils.modeling.loading import check_head
 from utils.training.checkpointing import Checkpointer
@@ -56,9 +57,10 @@ def train(
         numbers = range(num_updates + 1, num_steps + 1)
         for step in load_steps(accelerator, model, train_data, lengths, config, numbers):
             started = time.perf_counter()
-            loss_sum, learning_rate, grad_norm = train_step(
-                accelerator, model, optimizer, lr_scheduler, train_data, step, config
-            )
+            with timed("updates" if step.number > numbers[0] else "the first update"):
+                loss_sum, learning_rate, grad_norm = train_step(
+                    accelerator, model, optimizer, lr_scheduler, train_data, step, config
+                )
             interval.add(step, loss_sum, learning_rate, grad_norm, seconds=time.perf_counter() - started)
             num_updates = step.number
             progress.update()
@@ -99,6 +101,7 @@ def log_interval(
     interval.clear()
 
 
+@timed("validation")
 def validate(
     accelerator: Accelerator,
     model: torch.nn.Module,

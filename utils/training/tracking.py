@@ -18,10 +18,10 @@ from utils.data.prefetch import Step
 from utils.files import append_line, hash_value, write_json
 from utils.launch.output_dir import clear_output_dir, is_in
 from utils.launch.script import describe_software
+from utils.launch.times import describe_times
 from utils.modeling.loading import count_flops_per_token, count_parameters
 from utils.modeling.strategies import name_strategy
 from utils.prompting import build_prompt
-from utils.scoring.report import plot_loss_curve
 from utils.training.optimization import num_train_steps
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,26 @@ def finish_run(accelerator: Accelerator, config: TrainingConfig):
     """Plot the losses, and let no process end before the main one, since the launcher would then end all."""
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)
+        logger.info(describe_times())
     accelerator.wait_for_everyone()
+
+
+def plot_loss_curve(output_dir: str | Path):
+    """Draw the losses in output_dir/metrics.jsonl as output_dir/loss_curve.png."""
+    from matplotlib.figure import Figure  # here, for the main process alone: it takes half a second
+
+    lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot's, which looks for a display
+    axes = figure.subplots()
+    for split, style in (("train", "-"), ("validation", "o-")):
+        points = [(line["step"], line["loss"]) for line in metrics if line["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=split)
+    axes.set(xlabel="optimizer updates", ylabel="loss per target token (nats)", title=Path(output_dir).name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(output_dir) / "loss_curve.png", dpi=150)
 
 
 def finish_trackers(accelerator: Accelerator):
