@@ -19,7 +19,7 @@ from pathlib import Path
 
 from demo.facts import guess_summaries, read_facts, score_facts
 from utils.data.rows import group_by_dialogue, load_rows
-from utils.files import hash_value
+from utils.files import hash_value, make_folder
 from utils.generation.partial_texts import remove_batches
 from utils.generation.summaries import choose_dtype, summarize_with_models
 from utils.launch.output_dir import check_output_dir
@@ -59,7 +59,7 @@ def main(config: EvaluationConfig):
         summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
 
     if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # each file in it is replaced when it is whole
+        make_folder(Path(config.output_dir))  # each file in it is replaced when it is whole
         results = {"example": example, "data_fingerprint": hash_value(rows)}
         results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
         if facts:

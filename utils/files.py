@@ -1,4 +1,7 @@
-"""Files that are written atomically, the hashes of values, files and weights, and full disks."""
+"""Files that are written atomically and are on the disk when that is said, the hashes of values, files and weights,
+and full disks.
+
+A power loss may take what has been written and not flushed: a file's content, and a folder's list of names."""
 
 import contextlib
 import errno
@@ -6,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ def write_file(path: Path, content: bytes):
     unfinished = path.with_name(path.name + ".part")
     try:
         unfinished.write_bytes(content)
+        flush_to_disk(unfinished)
         unfinished.replace(path)
+        flush_to_disk(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -42,6 +47,8 @@ def append_line(path: Path, line: str):
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
@@ -63,6 +70,29 @@ def raise_disk_errors(path: Path) -> Iterator[None]:
 def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def make_folder(folder: Path):
+    """Make it, and those above it."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    flush_to_disk(folder.parent)
+
+
+def move_files(source: Path, target: Path, last: Container[str]):
+    """Move all files of one folder, which is removed, into another; those of these names last, when the others are on
+    the disk."""
+    paths = sorted(source.iterdir(), key=lambda path: path.name in last)
+    for path in paths:
+        flush_to_disk(path)
+    for number, path in enumerate(paths):
+        if number and path.name in last:
+            flush_to_disk(target)
+        path.replace(target / path.name)
+    flush_to_disk(target)
+    source.rmdir()
 
 
 def flush_to_disk(path: Path):

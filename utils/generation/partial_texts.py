@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from utils.files import append_line, hash_value, hash_weights
+from utils.files import append_line, hash_value, hash_weights, make_folder
 
 logger = logging.getLogger(__name__)
 PATTERN = "predictions.partial-*.jsonl"
@@ -40,7 +40,7 @@ def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summa
 
 
 def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: list[Summary]):
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / PATTERN.replace("*", str(accelerator.process_index))
     try:
         # A line break before it as well: the line before may be torn.

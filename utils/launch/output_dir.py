@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from utils.config import UserError
+from utils.files import make_folder
 
 RUN_FILES = (
     "metrics.jsonl", "run_manifest.json", "loss_curve.png",
@@ -100,7 +101,7 @@ def clear_output_dir(accelerator: Accelerator, config: Any):
     accelerator.wait_for_everyone()  # so that no process still looks for an earlier run
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for path in find_run_files(folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
@@ -110,7 +111,7 @@ def lock_folder(folder: Path, setting: str) -> int:
     """Make the folder, and keep others who lock it out until the descriptor that comes back is closed, as it is when
     the process ends, however it ends. UserError if it is locked. A file system without such locks, as NFS, keeps
     nobody out."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

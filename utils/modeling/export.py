@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import UserError
-from utils.files import raise_disk_errors, write_json
+from utils.files import make_folder, move_files, raise_disk_errors, write_json
 from utils.launch.output_dir import find_checkpoints
 from utils.launch.times import timed
 from utils.modeling.loading import keep_untied_head
@@ -47,12 +47,13 @@ def write_model(
     obsolete: Iterable[Path] = (),
 ):
     """Atomically: the files are first written beside, and what stock transformers reads from them is compared with
-    `state_dict`; only then what is `obsolete` goes. For one process alone."""
+    `state_dict`; only when they are in place and on the disk, what is `obsolete` goes. For one process alone."""
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
     unchecked = folder / "export.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
+        make_folder(folder)
         with raise_disk_errors(unchecked):
             model.save_pretrained(unchecked, state_dict=state_dict)
             if isinstance(model, PeftModel):
@@ -66,12 +67,12 @@ def write_model(
     (unchecked / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     with without_zero3(accelerator):
         compare_with_folder(state_dict, unchecked)
-    for path in obsolete:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    written = {path.name for path in unchecked.iterdir()}
     # The config last: a folder without it does not pass for a finished model.
-    for path in sorted(unchecked.iterdir(), key=lambda path: path.name in CONFIG_FILES):
-        path.replace(folder / path.name)
-    unchecked.rmdir()
+    move_files(unchecked, folder, last=CONFIG_FILES)
+    for path in obsolete:
+        if path.name not in written:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     logger.info("saved %s, read back and found equal to what was trained", folder)
 
 

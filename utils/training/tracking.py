@@ -1,6 +1,7 @@
 """What a run reports: the console, metrics.jsonl, run_manifest.json and a tracker."""
 
 import dataclasses
+import io
 import json
 import logging
 import re
@@ -15,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
-from utils.files import append_line, hash_value, write_json
+from utils.files import append_line, hash_value, write_file, write_json
 from utils.launch.output_dir import clear_output_dir, is_in
 from utils.launch.script import describe_software
 from utils.launch.times import describe_times
@@ -183,7 +184,9 @@ def plot_loss_curve(output_dir: str | Path):
     axes.set(xlabel="optimizer updates", ylabel="loss per target token (nats)", title=Path(output_dir).name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(Path(output_dir) / "loss_curve.png", dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    write_file(Path(output_dir) / "loss_curve.png", picture.getvalue())
 
 
 def finish_trackers(accelerator: Accelerator):
