@@ -17,12 +17,14 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from accelerate import PartialState
+
 from demo.facts import guess_summaries, read_facts, score_facts
 from utils.data.rows import group_by_dialogue, load_rows
-from utils.files import hash_value, make_folder
+from utils.files import hash_value
 from utils.generation.partial_texts import remove_batches
 from utils.generation.summaries import choose_dtype, summarize_with_models
-from utils.launch.output_dir import check_output_dir
+from utils.launch.output_dir import check_output_dir, lock_folder, lock_output_dir
 from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
 from utils.prompting import build_prompt
@@ -33,7 +35,9 @@ from utils.scoring.results import write_results
 
 def main(config: EvaluationConfig):
     if config.report_only:
-        show_report(config)
+        if PartialState().is_main_process:
+            with lock_folder(Path(config.output_dir), "output_dir"):
+                show_report(config)
         return
     check_output_dir(config)
     rows = load_rows(config, config.split)
@@ -44,30 +48,30 @@ def main(config: EvaluationConfig):
     accelerator = start_evaluation()
     config = choose_dtype(accelerator, config)
 
-    # Of each model, by dialogue: `summaries[name][dialogue]`.
-    if config.predictions_file:
-        summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
-    else:
-        texts = [dialogue["dialogue"] for dialogue in dialogues]
-        summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
-    example["texts"] = {
-        name: by_dialogue[example["dialogue"]].text if example["dialogue"] in by_dialogue else "(not scored)"
-        for name, by_dialogue in summaries.items()
-    }
-    if config.demo:
-        # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
-        summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
+    with lock_output_dir(accelerator, config):
+        # Of each model, by dialogue: `summaries[name][dialogue]`.
+        if config.predictions_file:
+            summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
+        else:
+            texts = [dialogue["dialogue"] for dialogue in dialogues]
+            summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
+        example["texts"] = {
+            name: by_dialogue[example["dialogue"]].text if example["dialogue"] in by_dialogue else "(not scored)"
+            for name, by_dialogue in summaries.items()
+        }
+        if config.demo:
+            # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
+            summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
 
-    if accelerator.is_main_process:
-        make_folder(Path(config.output_dir))  # each file in it is replaced when it is whole
-        results = {"example": example, "data_fingerprint": hash_value(rows)}
-        results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
-        if facts:
-            results["facts"] = score_facts(summaries, dialogues, facts)
-        write_results(config, dialogues, summaries, results)
-        remove_batches(Path(config.output_dir))
-        show_report(config)
-    accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
+        if accelerator.is_main_process:
+            results = {"example": example, "data_fingerprint": hash_value(rows)}
+            results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
+            if facts:
+                results["facts"] = score_facts(summaries, dialogues, facts)
+            write_results(config, dialogues, summaries, results)
+            remove_batches(Path(config.output_dir))
+            show_report(config)
+        accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 
 
 if __name__ == "__main__":

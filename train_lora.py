@@ -20,7 +20,7 @@ from utils.launch.script import run_script
 from utils.modeling.export import export_model
 from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_tokenizer
-from utils.modeling.lora import add_lora, check_merge_dir, load_frozen_base, merge_adapter
+from utils.modeling.lora import add_lora, load_frozen_base, merge_adapter
 from utils.modeling.strategies import start_accelerator
 from utils.training.batch_size import choose_batch_size
 from utils.training.checkpointing import Checkpointer
@@ -32,7 +32,6 @@ from utils.training.tracking import describe_run, finish_run, start_run
 
 def main(config: LoraTrainingConfig):
     check_output_dir(config)
-    check_merge_dir(config)
     train_rows = load_rows(config, "train", config.max_train_samples)
     validation_rows = load_rows(config, "validation", config.max_eval_samples, not config.needs_validation)
     accelerator = start_accelerator(config)

@@ -32,7 +32,6 @@ from utils.data.rows import load_rows
 from utils.launch.command_line import parse_config
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
-from utils.modeling.lora import check_merge_dir
 from utils.prompting import PROMPT_SUFFIX
 from utils.scoring.rouge import METRICS, score_texts
 
@@ -1094,9 +1093,9 @@ def test_merge_into_cannot_hold_the_run_or_its_base(tmp_path):
             output_dir=str(output_dir), model_name_or_path=str(model), merge_into=str(merge_into)
         )
         with pytest.raises(UserError, match="--merge_into .* is or holds the --"):
-            check_merge_dir(config)
+            check_output_dir(config)
     with pytest.raises(UserError, match="--merge_into x+: File name too long"):
-        check_merge_dir(LoraTrainingConfig(merge_into="x" * 300))
+        check_output_dir(LoraTrainingConfig(merge_into="x" * 300))
 
 
 def test_the_base_cannot_lie_in_what_is_replaced(tmp_path):

@@ -1,17 +1,23 @@
 """A run's folder: what earlier runs have left in it, who may write to it, and what is replaced."""
 
+import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from utils.config import UserError
 from utils.files import make_folder
 
+logger = logging.getLogger(__name__)
+LOCK = ".lock"
 RUN_FILES = (
     "metrics.jsonl", "run_manifest.json", "loss_curve.png",
     "config.json", "generation_config.json", "adapter_config.json",
@@ -26,7 +32,8 @@ BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", "export.unchecked",
 
 
 def check_output_dir(config: Any):
-    """UserError if output_dir holds a run and may not be overwritten, or cannot be written. Writes nothing."""
+    """UserError if a folder that the run writes to holds a run and may not be overwritten, or cannot be written.
+    Writes nothing."""
     folder = Path(config.output_dir)
     if not config.output_dir:
         raise UserError("--output_dir is empty")
@@ -54,6 +61,24 @@ def check_output_dir(config: Any):
         if not is_in(Path(checkpoint), config.output_dir):
             raise UserError(f"--resume_from_checkpoint {checkpoint}: checkpoints are in {folder / 'checkpoints'}")
     check_writable(folder, "output_dir")
+    if getattr(config, "merge_into", None):
+        check_merge_dir(config)
+
+
+def check_merge_dir(config: Any):
+    folder = Path(config.merge_into)
+    check_path(folder, "merge_into")
+    for setting in ("output_dir", "model_name_or_path"):
+        other = Path(getattr(config, setting)).resolve()
+        if folder.resolve() in (other, *other.parents) and (setting == "output_dir" or other.exists()):
+            raise UserError(f"--merge_into {folder} is or holds the --{setting}: take another folder")
+    held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]  # left by a kill
+    if held and not config.overwrite_output_dir:
+        raise UserError(
+            f"--merge_into {folder} holds a run or a model already ({held[0].name}): take another, or "
+            "--overwrite_output_dir"
+        )
+    check_writable(folder, "merge_into")
 
 
 def check_path(folder: Path, setting: str):
@@ -107,22 +132,60 @@ def clear_output_dir(accelerator: Accelerator, config: Any):
     accelerator.wait_for_everyone()
 
 
-def lock_folder(folder: Path, setting: str) -> int:
-    """Make the folder, and keep others who lock it out until the descriptor that comes back is closed, as it is when
-    the process ends, however it ends. UserError if it is locked. A file system without such locks, as NFS, keeps
-    nobody out."""
+def lock_output_dir(accelerator: Accelerator, config: Any) -> contextlib.ExitStack:
+    """Lock the folders that a run writes to, until what comes back is closed, and check them again: since they were
+    checked first, another run may have ended there. UserError on every process."""
+    locks, error = contextlib.ExitStack(), None
+    if accelerator.is_main_process:
+        try:
+            for setting in ("output_dir", "merge_into"):
+                if folder := getattr(config, setting, None):
+                    locks.enter_context(lock_folder(Path(folder), setting))
+            check_output_dir(config)
+        except UserError as user_error:
+            locks.close()
+            error = str(user_error)
+    (error,) = broadcast_object_list([error])
+    if error:
+        raise UserError(error)
+    return locks
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, setting: str) -> Iterator[None]:
+    """Make the folder and keep others who lock it out, also if this process is killed before it ends, when the system
+    lets go of the lock. UserError if it is locked. A folder that is made and gets no file is removed again."""
+    is_new = not folder.exists()
     make_folder(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
+    path = folder / LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            os.close(descriptor)
+            raise UserError(
+                f"--{setting} {folder}: another run writes to it; wait for its end, or take another"
+            ) from error
+        logger.warning("%s cannot be locked (%s): start no second run that writes to it", folder, error.strerror)
+    if not is_same_file(path, descriptor):  # its holder has just removed it
         os.close(descriptor)
-        raise UserError(
-            f"--{setting} {folder}: another run writes to it; wait for its end, or take another"
-        ) from error
-    except OSError:
-        pass
-    return descriptor
+        raise UserError(f"--{setting} {folder}: another run has just ended there; start this one again")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 UNFINISHED = ".unfinished"

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import LoraTrainingConfig, UserError
-from utils.launch.output_dir import check_path, check_writable, find_run_files
+from utils.launch.output_dir import find_run_files
 from utils.launch.times import timed
 from utils.modeling.export import write_model
 from utils.modeling.loading import load_model
@@ -72,25 +72,6 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
         return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {error}") from error
-
-
-def check_merge_dir(config: LoraTrainingConfig):
-    """UserError, before anything is trained, if --merge_into cannot take the merged model. Writes nothing."""
-    if config.merge_into is None:
-        return
-    folder = Path(config.merge_into)
-    check_path(folder, "merge_into")
-    for setting in ("output_dir", "model_name_or_path"):
-        other = Path(getattr(config, setting)).resolve()
-        if folder.resolve() in (other, *other.parents) and (setting == "output_dir" or other.exists()):
-            raise UserError(f"--merge_into {folder} is or holds the --{setting}: take another folder")
-    held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]  # left by a kill
-    if held and not config.overwrite_output_dir:
-        raise UserError(
-            f"--merge_into {folder} holds a run or a model already ({held[0].name}): take another, or "
-            "--overwrite_output_dir"
-        )
-    check_writable(folder, "merge_into")
 
 
 @timed("merge")

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from utils.config import EvaluationConfig, UserError
 from utils.data.rows import parse_json, read_file
 from utils.files import describe_file, write_file
@@ -16,8 +14,6 @@ from utils.scoring.tables import Table, build_tables
 
 def show_report(config: EvaluationConfig):
     """Write report.html and report.md, from results.json and predictions.jsonl alone, and print the tables."""
-    if not PartialState().is_main_process:
-        return
     results, predictions = read_results(Path(config.output_dir))
     pages = {"report.html": build_page(results, predictions), "report.md": format_markdown(results)}
     for name, text in pages.items():

@@ -6,7 +6,6 @@ reseeded in each step.
 
 import contextlib
 import logging
-import os
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 
 from utils.config import TrainingConfig, UserError
 from utils.files import write_file
-from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_folder
+from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_output_dir
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
 from utils.launch.times import timed
 from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
@@ -56,13 +55,14 @@ class Checkpointer:
         self.folder, self.state, error = None, None, None
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
         self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
+        locks = lock_output_dir(accelerator, config)
+        weakref.finalize(self, locks.close)
         if accelerator.is_main_process:
             try:
                 if config.resume_from_checkpoint:
                     self.folder, self.state = choose_checkpoint(config, run) or (None, None)
                 if self.folder:
                     self.best_folder, self.best = find_best(self.folder.parent)
-                weakref.finalize(self, os.close, lock_folder(self.output_dir, "output_dir"))
             except UserError as user_error:
                 error = str(user_error)
         found = [self.folder, self.state, self.best_folder, self.best, error]
