@@ -30,7 +30,7 @@ import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.rows import load_rows
 from utils.launch.command_line import parse_config
-from utils.launch.output_dir import check_output_dir
+from utils.launch.output_dir import check_output_dir, set_aside
 from utils.launch.script import run_script
 from utils.prompting import PROMPT_SUFFIX
 from utils.scoring.rouge import METRICS, score_texts
@@ -1126,6 +1126,17 @@ def test_nothing_is_cleared_by_a_resume_that_finds_nothing(tmp_path, theirs):
     (tmp_path / theirs).touch()
     with pytest.raises(UserError, match="holds a run already"):
         check_output_dir(TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+
+
+def test_nothing_is_removed_where_one_thing_cannot_be(tmp_path, small_disk):
+    """A file system that is mounted in the folder."""
+    mounted = small_disk(64)
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="disk cannot be replaced: Device or resource busy"):
+        set_aside([tmp_path / "model.safetensors", mounted], tmp_path / "aside")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs" and not (tmp_path / "aside").exists()
+    set_aside([tmp_path / "model.safetensors"], tmp_path / "aside")
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
 def test_links_are_not_replaced(tmp_path):

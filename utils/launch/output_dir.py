@@ -26,6 +26,7 @@ RUN_FILES = (
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
     "predictions.jsonl", "results.json", "report.html", "report.md",
 )  # fmt: skip
+ASIDE = "replaced.unfinished"
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
 # What a run that ended before its first checkpoint leaves; nothing is lost with it.
 BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", "export.unchecked", "tracker", "checkpoints"}
@@ -127,8 +128,8 @@ def clear_output_dir(accelerator: Accelerator, config: Any):
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
         make_folder(folder)
-        for path in find_run_files(folder):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(folder / ASIDE, ignore_errors=True)  # left by a kill
+        set_aside(find_run_files(folder), folder / ASIDE)
     accelerator.wait_for_everyone()
 
 
@@ -149,6 +150,22 @@ def lock_output_dir(accelerator: Accelerator, config: Any) -> contextlib.ExitSta
     if error:
         raise UserError(error)
     return locks
+
+
+def set_aside(paths: list[Path], aside: Path):
+    """Remove the files and folders. First all are moved, which shows what cannot be removed before anything is."""
+    aside.mkdir(exist_ok=True)
+    moved = []
+    try:
+        for path in paths:
+            path.rename(aside / path.name)
+            moved.append(path)
+    except OSError as error:
+        for other in moved:
+            (aside / other.name).rename(other)
+        aside.rmdir()
+        raise UserError(f"{path} cannot be replaced: {error.strerror}") from error
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
