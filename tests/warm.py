@@ -91,6 +91,7 @@ def run(argv: list[str], environment: dict[str, str], folder: str):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    sys.modules["utils.launch.stopping"].PARENT = os.getppid()
     module = argv[0] == "-m"
     sys.argv = argv[1:] if module else argv
     sys.path[0] = folder if module else os.path.dirname(os.path.abspath(argv[0]))

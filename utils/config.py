@@ -2,11 +2,13 @@
 
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+PARENT = os.getppid()  # read at once: a launcher may end while the libraries are imported
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "validation", "test")
 FP16_REFUSAL = "fp16 overflows in T5 and trains to NaN; use --mixed_precision bf16, or no on a device without bf16"

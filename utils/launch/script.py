@@ -5,8 +5,10 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +24,15 @@ from utils.files import DISK_ERRORS
 from utils.launch.command_line import parse_config
 from utils.launch.launcher import check_launcher
 from utils.launch.processes import leave_process_group
-from utils.launch.stopping import EXIT_STOPPED, hold_early_signals
+from utils.launch.stopping import EXIT_STOPPED, end_with_launcher, hold_early_signals
 from utils.launch.times import charge_imports
+
+SECONDS_TO_BE_ENDED = 3  # torchrun looks ten times a second
 
 
 def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
     """Call `main` with the command line's settings; a UserError becomes one line on stderr and exit code 2."""
+    end_with_launcher()
     if issubclass(config_class, TrainingConfig):
         hold_early_signals()
     start_logging()
@@ -71,8 +76,13 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
 
 def report_mistake(text: str) -> int:
     """One line on stderr, and the exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
+    rank = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # A mistake that all processes have is the first one's to tell: the launcher ends this one in the meantime.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_TO_BE_ENDED)
+        rank = f"process {os.environ['RANK']}: "
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(text.split())}\n")
     return 2
 
 

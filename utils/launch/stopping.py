@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from utils.config import TrainingConfig, parse_duration
+from utils.config import PARENT, TrainingConfig, parse_duration
 from utils.launch.launcher import find_launch_words
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -28,6 +28,16 @@ def hold_early_signals():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # slurm/launch.sh holds it back until here
 
 
+def end_with_launcher():
+    """Have the system send SIGTERM when the launcher ends: `accelerate launch` of one process, and any launcher on
+    SIGUSR1 or SIGKILL, tells no one."""
+    by_launcher = find_launch_words() is not None or "TORCHELASTIC_RUN_ID" in os.environ
+    if by_launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != PARENT:  # it has ended while the libraries were imported
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class StopRequest:
     """Whether somebody asked to stop since the run began."""
 
@@ -40,10 +50,6 @@ class StopRequest:
         self.agreed = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.take_signal)
-        by_launcher = find_launch_words() is not None or "TORCHELASTIC_RUN_ID" in os.environ
-        if by_launcher and sys.platform == "linux":
-            # `accelerate launch` of one process, and any launcher on SIGUSR1, dies of a signal and tells no one.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def take_signal(self, number: int, frame: FrameType | None):
         if number == signal.SIGINT:

@@ -1,0 +1,72 @@
+"""What one of several processes alone meets is told, and none of them outlives its launcher."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import REPOSITORY, make_rows, run_command, start_warm_server, write_rows
+
+pytestmark = pytest.mark.slow
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.mark.parametrize("wrong_on", ["1", "01"])
+def test_a_mistake_of_one_process_is_told_once(flan_t5, data_files, tmp_path, wrong_on):
+    words = [
+        "train_full.py", "--model_name_or_path", flan_t5, "--output_dir", tmp_path / "out", "--mixed_precision", "no",
+        "--train_file",
+    ]  # fmt: skip
+    choose = (
+        f'case {wrong_on} in *$RANK*) file={tmp_path}/none.csv;; *) file={data_files["train"]};; esac; exec "$@" $file'
+    )
+    environment = {"ACCELERATE_USE_CPU": "true", "WARM_SOCKET": start_warm_server()}
+    command = [sys.executable, "tests/warm.py", *TORCHRUN, "--no-python", "bash", "-c", choose, "bash"]
+    run = run_command(*command, sys.executable, "tests/warm.py", *words, **environment)
+    assert run.returncode != 0
+    lines = [line for line in run.stderr.splitlines() if "error: " in line]
+    process = "process 1: " if wrong_on == "1" else ""
+    assert lines == [f"train_full.py: error: {process}{tmp_path}/none.csv: no such file"]
+
+
+# While the libraries are imported; while texts are generated.
+@pytest.mark.parametrize("early", [True, False])
+def test_no_process_outlives_a_launcher_that_is_killed(flan_t5, tmp_path, early):
+    test_file = write_rows(tmp_path / "test.jsonl", make_rows(2000))
+    words = [
+        "evaluate_rouge.py", "--models", f"model={flan_t5}", "--test_file", test_file, "--output_dir",
+        tmp_path / "out", "--max_new_tokens", 100, "--per_device_eval_batch_size", 1,
+    ]  # fmt: skip
+    launcher = subprocess.Popen(
+        [sys.executable, *TORCHRUN, *map(str, words)], cwd=REPOSITORY, stderr=subprocess.DEVNULL,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+
+    def find_processes() -> list[psutil.Process]:
+        """That run the script, but for the launcher."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(tmp_path) in " ".join(process.cmdline()) and process.pid != launcher.pid:
+                    found.append(process)
+        return found
+
+    def wait_until(is_so):
+        deadline = time.monotonic() + 120
+        while not is_so():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    if early:
+        wait_until(lambda: len(find_processes()) == 2)
+        time.sleep(1)  # the first line of the script; its imports take several
+    else:
+        wait_until(lambda: len(list(tmp_path.glob("out/predictions.partial-*"))) == 2)
+    assert len(find_processes()) >= 2
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not find_processes())
+    assert not (tmp_path / "out" / "results.json").exists()
