@@ -1081,6 +1081,23 @@ def test_evaluation_does_not_mind_the_launchers_settings(here, monkeypatch, name
     assert results["models"]["texts"]["scores"]["average"]["rouge1"]["value"] == 1.0
 
 
+def test_code_of_a_model_is_never_run(refuse, here, flan_t5, monkeypatch):
+    """Not even if who is asked says yes."""
+    shutil.copytree(flan_t5, here / "model")
+    (here / "model" / "theirs.py").write_text(f"open({str(here / 'ran')!r}, 'w')")
+    for file, changes in (
+        ("config.json", {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.T", None]}}),
+    ):
+        path = here / "model" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    write_rows(here / "test.jsonl", [{"id": "a", "dialogue": "Hi.", "summary": "Hi."}])
+    message = refuse("evaluate_rouge", "--models", "m=./model", "--test_file=test.jsonl", "--output_dir=out")
+    assert "model: this model needs Python code that comes with it, and these scripts never run such code" in message
+    assert not (here / "ran").exists()
+
+
 # --- what could be lost, or mistaken for another -------------------------------------------------------------------
 
 

@@ -115,7 +115,9 @@ def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
     """RuntimeError unless stock transformers reads from `folder` the very tensors of `state_dict`: what it makes of
     their names is seen in a model without weights, and the values in the files, one at a time, so that no second
     model is in memory."""
-    model, report = AutoModelForSeq2SeqLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    model, report = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, device_map="meta", output_loading_info=True, trust_remote_code=False
+    )
     loaded = {shorten(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     differing = [name for names in report.values() for name in names]
     with contextlib.ExitStack() as stack:

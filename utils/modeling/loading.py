@@ -37,7 +37,7 @@ def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> Pr
     if folder.is_dir() and not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         raise UserError(f"--{setting} {name_or_path}: no tokenizer in this folder")  # transformers would invent one
     with explain_hub_errors(setting, name_or_path, "model"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if tokenizer.is_fast:  # as tokenising would leave it, which a warm cache spares: both are part of what is exported
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
@@ -70,14 +70,14 @@ def load_model(
             adapted = PeftModel.from_pretrained(base, name_or_path)
             check_adapter(adapted, Path(name_or_path) / "adapter_model.safetensors", setting)
             return adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
         load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
         with zero3_loads_in(dtype):
             model, report = load(
                 name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation,
-                output_loading_info=True, quantization_config=quantization_config,
+                output_loading_info=True, quantization_config=quantization_config, trust_remote_code=False,
             )  # fmt: skip
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
