@@ -42,6 +42,25 @@ def test_truncation_of_a_prompt_that_starts_with_a_token(tmp_path):
     assert tokenizer.decode(cut).endswith("\nSummary:</s>")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "changed", "without its hash"])
+def test_damaged_tokens_are_made_anew(flan_t5, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    config, tokenizer = TrainingConfig(), load_tokenizer(str(flan_t5))
+    expected = tokenize_rows(Accelerator(), make_rows(30), tokenizer, config, "train").to_list()
+    (file,) = (tmp_path / "dialogue_tokens").glob("*.arrow")
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":  # an id of the first prompt
+        first = np.array(expected[0]["input_ids"][:8], dtype=np.int32).tobytes()
+        assert content.count(first) == 1
+        file.write_bytes(content.replace(first, first[:-4] + b"\x05\0\0\0"))
+    else:
+        file.with_suffix(".json").unlink()
+    assert tokenize_rows(Accelerator(), make_rows(30), tokenizer, config, "train").to_list() == expected
+    assert file.read_bytes() == content
+
+
 def test_targets_are_cut_before_the_end_token(flan_t5, data_files, caplog):
     caplog.set_level("INFO", logger="utils")
     tokenizer = load_tokenizer(str(flan_t5))

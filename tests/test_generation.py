@@ -284,6 +284,8 @@ def test_a_torn_line_costs_its_own_batch_alone(tmp_path):
     append_batch(Accelerator(), tmp_path, "last", [Summary("c", True)])
     expected = {"first": [("a\u2028b", False), ("", True)], "last": [("c", True)]}
     assert read_batches(Accelerator(), tmp_path) == expected
+    path.write_bytes(path.read_bytes().replace(b'"c"', b'"b"'))  # one bit
+    assert read_batches(Accelerator(), tmp_path).keys() == {"first"}
     remove_batches(tmp_path)
     assert read_batches(Accelerator(), tmp_path) == {} and not list(tmp_path.iterdir())
 

@@ -8,10 +8,11 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate import Accelerator
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import UserError
-from utils.files import hash_value
+from utils.files import describe_file, hash_value, make_folder, write_json
 from utils.launch.times import timed
 from utils.prompting import PROMPT_SUFFIX, build_prompt
 
@@ -38,6 +39,16 @@ def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, m
     return cut, [len(ids) for ids in prompt_ids]
 
 
+def remove_if_damaged(cache_file: Path):
+    """Tokens are trained on unseen: a file is used only if it is, to the bit, the one that was written."""
+    try:
+        is_whole = json.loads(cache_file.with_suffix(".json").read_bytes()) == describe_file(cache_file)
+    except (OSError, ValueError):
+        is_whole = False
+    if not is_whole:
+        cache_file.unlink(missing_ok=True)
+
+
 @timed("data")
 def tokenize_rows(
     accelerator: Accelerator, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, config: Any, split: str
@@ -62,11 +73,13 @@ def tokenize_rows(
     limits = [config.max_source_length, config.max_target_length]
     content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), *limits])
     cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
-    with accelerator.main_process_first():
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(cache_file.parent)
+    with accelerator.main_process_first(), FileLock(f"{cache_file}.lock"):
+        remove_if_damaged(cache_file)
         tokens = datasets.Dataset.from_list(rows).map(
             tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split
         )
+        write_json(cache_file.with_suffix(".json"), describe_file(cache_file))
     source_lengths, target_lengths = np.array(tokens["uncut_source_length"]), np.array(tokens["uncut_target_length"])
     if accelerator.is_main_process:
         logger.info(

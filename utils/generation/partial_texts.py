@@ -33,18 +33,20 @@ def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summa
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                    batches[entry["key"]] = [Summary(*summary) for summary in entry["summaries"]]
+                    if entry["sha256"] == hash_value(entry["summaries"]):
+                        batches[entry["key"]] = [Summary(*summary) for summary in entry["summaries"]]
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    continue  # empty, or torn when the process was killed
+                    continue  # empty, or torn when the process was killed, as is one with a wrong hash
     return broadcast_object_list([batches])[0]
 
 
 def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: list[Summary]):
     make_folder(folder)
     path = folder / PATTERN.replace("*", str(accelerator.process_index))
+    line = {"key": key, "summaries": summaries, "sha256": hash_value(summaries)}
     try:
         # A line break before it as well: the line before may be torn.
-        append_line(path, "\n" + json.dumps({"key": key, "summaries": summaries}, ensure_ascii=False))
+        append_line(path, "\n" + json.dumps(line, ensure_ascii=False))
     except OSError as error:  # only a stopped evaluation would need it
         logger.warning("%s lacks a batch: %s", path, error.strerror)
 
