@@ -1,6 +1,7 @@
 """The head that is Flan-T5's own, the numbers of parameters, and what an export must be to be called saved."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -89,3 +90,35 @@ def test_the_tokenizer_is_saved_for_transformers_4_too(flan_t5, tmp_path):
         assert type(reloaded) is type(tokenizer)
         assert reloaded(text).input_ids == tokenizer(text).input_ids
         assert reloaded.all_special_tokens == tokenizer.all_special_tokens
+
+
+def test_nan_is_what_it_was(flan_t5, tmp_path):
+    """An embedding row of a token that never occurs may hold it."""
+    model = load_model(str(flan_t5), "sdpa", torch.float32)
+    model.shared.weight.data[7] = math.nan
+    model.save_pretrained(tmp_path)
+    state_dict = model.state_dict()
+    compare_with_folder(state_dict, tmp_path)
+    state_dict["shared.weight"][7, 3] = -math.nan
+    with pytest.raises(RuntimeError, match="does not load as it was trained: shared.weight differs"):
+        compare_with_folder(state_dict, tmp_path)
+
+
+def test_a_link_in_the_exports_place_is_not_followed(flan_t5, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("theirs")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export.unchecked").symlink_to(tmp_path / "theirs")
+    model, tokenizer = load_model(str(flan_t5), "sdpa", torch.float32), load_tokenizer(str(flan_t5))
+    export_model(Accelerator(cpu=True), model, tokenizer, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]
+    assert (tmp_path / "theirs" / "config.json").read_text() == "theirs"
+    assert "export.unchecked" not in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_adapters_file_is_the_same_in_every_process(flan_t5, tmp_path):
+    """PEFT keeps the names as a set, whose order changes from process to process: 7 are in order once in 5,040."""
+    names = ["wo", "q", "wi_1", "k", "o", "wi_0", "v"]
+    model = add_lora(load_model(str(flan_t5), "sdpa", torch.float32), LoraTrainingConfig(lora_target_modules=names))
+    export_model(Accelerator(cpu=True), model, load_tokenizer(str(flan_t5)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)

@@ -5,9 +5,11 @@ import re
 import shutil
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
 
-from utils.config import UserError
+import evaluate_rouge
+from utils.config import EvaluationConfig, UserError
 from utils.scoring.html_report import build_page, escape_json
 from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.tables import Table, describe_differences
@@ -311,3 +313,21 @@ def test_few_real_rows_are_called_a_quick_look(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "4 dialogues with 10 references" in run.stdout and "This is a quick look, not a result." in run.stdout
     assert re.search(r"texts +average +\d+\.\d\d \[\d+\.\d, \d+\.\d\]", run.stdout)
+
+
+def test_a_dialogue_cannot_command_the_terminal(tmp_path, capsys):
+    AcceleratorState._reset_state(True)
+    row = {"id": "a", "dialogue": "a\tb\n\x1b]0;owned\x07c\r\x9bd", "summary": "Hi \x1b[2J."}
+    write_rows(tmp_path / "test.jsonl", [row])
+    write_rows(tmp_path / "texts.jsonl", [{"id": "a", "prediction": "Hi\x1b[31m."}])
+    evaluate_rouge.main(
+        EvaluationConfig(
+            test_file=str(tmp_path / "test.jsonl"), predictions_file=[str(tmp_path / "texts.jsonl")],
+            output_dir=str(tmp_path / "out"),
+        )
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    for text in ("a\tb\n\ufffd]0;owned\ufffdc\ufffd\ufffdd", "Hi \ufffd[2J.", "Hi\ufffd[31m."):
+        assert text in shown
+    assert not set("\x1b\x07\r\x9b") & set(shown)
+    assert read_jsonl(tmp_path / "out" / "predictions.jsonl")[0]["prediction"] == "Hi\x1b[31m."

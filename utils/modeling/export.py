@@ -51,6 +51,8 @@ def write_model(
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
     unchecked = folder / "export.unchecked"
+    if unchecked.is_symlink():  # what it leads to is not ours
+        unchecked.unlink()
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
         make_folder(folder)
@@ -58,6 +60,7 @@ def write_model(
             model.save_pretrained(unchecked, state_dict=state_dict)
             if isinstance(model, PeftModel):
                 rename_magnitudes(unchecked / "adapter_model.safetensors")
+                sort_targets(unchecked / "adapter_config.json")
         save_tokenizer(tokenizer, unchecked)
         for path in unchecked.glob("*.safetensors"):
             shutil.copymode(unchecked / "tokenizer_config.json", path)  # safetensors lets nobody else read them
@@ -97,6 +100,14 @@ def rename_magnitudes(path: Path):
         save_file(renamed, path, metadata={"format": "pt"})
 
 
+def sort_targets(path: Path):
+    """PEFT writes a set, in an order that differs from process to process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    write_json(path, config)
+
+
 def gather_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The whole of what is exported on the main process, a LoRA adapter or all weights; every process must call it.
     Tensors that are one stay one."""
@@ -129,10 +140,16 @@ def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
         for name, tensor in state_dict.items():
             file, stored_name = stored.get(id(loaded.get(shorten(name))), (None, None))
             value = file and file.get_tensor(stored_name)
-            if value is None or value.dtype != tensor.dtype or not value.equal(tensor):
+            if value is None or value.dtype != tensor.dtype or not have_same_bits(value, tensor):
                 differing.append(name)
     if differing:
         raise RuntimeError(f"{folder} does not load as it was trained: {differing[0]} differs")
+
+
+def have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Unlike Tensor.equal, for which nan is not nan."""
+    a, b = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (a, b))
+    return a.equal(b)
 
 
 def shorten(name: str) -> str:

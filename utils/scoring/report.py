@@ -11,6 +11,8 @@ from utils.files import describe_file, write_file
 from utils.scoring.html_report import build_page
 from utils.scoring.tables import Table, build_tables
 
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tab and line feed
+
 
 def show_report(config: EvaluationConfig):
     """Write report.html and report.md, from results.json and predictions.jsonl alone, and print the tables."""
@@ -18,7 +20,8 @@ def show_report(config: EvaluationConfig):
     pages = {"report.html": build_page(results, predictions), "report.md": format_markdown(results)}
     for name, text in pages.items():
         write_file(Path(config.output_dir) / name, text.encode())
-    sys.stdout.write(f"{format_results(results)}\n\nwritten: {config.output_dir}\n")
+    shown = CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", format_results(results))  # a terminal would obey them
+    sys.stdout.write(f"{shown}\n\nwritten: {config.output_dir}\n")
 
 
 def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
