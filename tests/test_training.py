@@ -326,6 +326,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(flan_t5, data_files, 
     assert (tmp_path / "2" / "last_good_model" / "config.json").exists()
 
 
+@pytest.mark.parametrize("max_train_steps", [1, 3])
+def test_weights_that_training_spoils_are_not_exported(flan_t5, data_files, tmp_path, max_train_steps):
+    """With one update nothing else shows it; with more, the next gradient is not finite either."""
+    settings = {"max_train_steps": max_train_steps, "learning_rate": 1e308, "validation_file": None}
+    with pytest.raises(UserError, match="^after 1 updates .* weights are not finite, .*: nothing is exported; lower"):
+        train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "out", **settings)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"model.safetensors", "last_good_model"} & names
+
+
+def test_weights_that_were_not_finite_are_a_warning(flan_t5, data_files, tmp_path, caplog):
+    """In the row of a token that never occurs."""
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(flan_t5), AutoTokenizer.from_pretrained(flan_t5)
+    unused = tokenizer("zebra").input_ids[0]
+    with torch.no_grad():
+        model.shared.weight[unused] = math.nan
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {"max_train_steps": 1, "mixed_precision": "no"}
+    train_in_process(train_full, TrainingConfig, tmp_path / "model", data_files, tmp_path / "out", **settings)
+    assert "weights that are not finite before training: shared.weight" in caplog.text
+    assert load_file(tmp_path / "out" / "model.safetensors")["shared.weight"][unused].isnan().all()
+
+
 def test_a_validation_loss_that_is_not_finite_stops_the_run(flan_t5, data_files, tmp_path):
     model = AutoModelForSeq2SeqLM.from_pretrained(flan_t5)
     with torch.no_grad():

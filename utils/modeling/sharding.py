@@ -53,12 +53,12 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3's parameters the shape is (0,)
 
 
-@torch.no_grad()
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that FSDP2 may have sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter or a moment; every process must call it."""
     if hasattr(tensor, "ds_id"):
@@ -67,6 +67,12 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def find_not_finite(model: torch.nn.Module) -> set[str]:
+    """Names of the trained weights that hold inf or nan; every process must call it."""
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name for name, parameter in trained if not gather_tensor(parameter).isfinite().all()}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The one training loop, for the full model and for LoRA alike: step, log, save, validate."""
 
+import logging
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -17,11 +18,14 @@ from utils.launch.stopping import StopRequest
 from utils.launch.times import timed
 from utils.modeling.export import export_model
 from utils.modeling.loading import check_head
+from utils.modeling.sharding import find_not_finite
 from utils.training.checkpointing import Checkpointer
 from utils.training.optimization import num_train_steps
 from utils.training.step import train_step
 from utils.training.tracking import Interval, UnwrittenLineError, finish_trackers, log_metrics
 from utils.training.validation import evaluate_loss, score_sample
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -42,6 +46,9 @@ def train(
     model.train()
     interval = checkpointer.restore(model, optimizer, lr_scheduler, config.per_device_train_batch_size)
     check_head(accelerator.unwrap_model(model))
+    not_finite = find_not_finite(accelerator.unwrap_model(model))
+    if not_finite and accelerator.is_main_process:
+        logger.warning("weights that are not finite before training: %s", ", ".join(sorted(not_finite)))
     num_updates = checkpointer.last_step
     progress = tqdm(total=num_steps, initial=num_updates, unit="update", disable=not accelerator.is_main_process)
 
@@ -74,13 +81,14 @@ def train(
             if is_due(config.eval_steps):
                 validate(accelerator, model, tokenizer, validation_data, config, num_updates, stop, checkpointer)
     except FloatingPointError as error:
-        keep_last_good_model(accelerator, model, tokenizer, config, num_updates, str(error))
+        keep_last_good_model(accelerator, model, tokenizer, config, num_updates, str(error), not_finite)
     except UnwrittenLineError as error:
         checkpointer.save(num_updates)
         checkpointer.stop(stop, str(error))
     finally:
         progress.close()
     checkpointer.finish()
+    check_finite(accelerator, model, num_updates, not_finite)
     finish_trackers(accelerator)
 
 
@@ -127,6 +135,17 @@ def validate(
         checkpointer.save_if_best(step, value if config.metric_for_best_model == "loss" else -value)
 
 
+def check_finite(accelerator: Accelerator, model: torch.nn.Module, num_updates: int, not_finite: set[str]):
+    """UserError, on every process, if weights are not finite that were before training."""
+    spoiled = sorted(find_not_finite(accelerator.unwrap_model(model)) - not_finite)
+    if spoiled:
+        accelerator.wait_for_everyone()  # when one process exits, the launcher kills the others
+        raise UserError(
+            f"after {num_updates} updates {len(spoiled)} weights are not finite, {spoiled[0]} first: nothing is "
+            "exported; lower --learning_rate"
+        )
+
+
 def keep_last_good_model(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -134,9 +153,15 @@ def keep_last_good_model(
     config: TrainingConfig,
     num_updates: int,
     what: str,
+    not_finite: set[str],
 ) -> NoReturn:
-    """Export the model of the last good update, then raise UserError."""
+    """Export the model of the last good update, if it is one, then raise UserError.
+
+    Args:
+        not_finite: names of the weights that were not finite before training.
+    """
     folder = Path(config.output_dir) / "last_good_model"
+    check_finite(accelerator, model, num_updates, not_finite)
     if num_updates > 0:
         export_model(accelerator, model, tokenizer, folder)
         what += f"; the model after {num_updates} updates is in {folder}"
