@@ -30,7 +30,7 @@ import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.rows import load_rows
 from utils.launch.command_line import parse_config
-from utils.launch.output_dir import check_output_dir, set_aside
+from utils.launch.output_dir import check_output_dir, lock_folder, set_aside
 from utils.launch.script import run_script
 from utils.prompting import PROMPT_SUFFIX
 from utils.scoring.rouge import METRICS, score_texts
@@ -1143,6 +1143,22 @@ def test_nothing_is_cleared_by_a_resume_that_finds_nothing(tmp_path, theirs):
     (tmp_path / theirs).touch()
     with pytest.raises(UserError, match="holds a run already"):
         check_output_dir(TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("name", ["STOP", "metrics.jsonl", "results.json"])
+def test_folders_where_files_should_be(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} in it is a folder: remove it, or take another"):
+        check_output_dir(TrainingConfig(output_dir=str(tmp_path), overwrite_output_dir=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_where_no_folder_can_be_made():
+    with (
+        pytest.raises(UserError, match="--output_dir /proc/nope: cannot be written: No such file or directory"),
+        lock_folder(Path("/proc/nope"), "output_dir"),
+    ):
+        pass
 
 
 def test_nothing_is_removed_where_one_thing_cannot_be(tmp_path, small_disk):

@@ -7,7 +7,7 @@ from conftest import DIALOGSUM, make_rows
 from helpers import write_bart
 from transformers import AutoTokenizer
 
-from utils.config import EvaluationConfig, TrainingConfig
+from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.data.batching import measure_lengths
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.data.tokens import tokenize_prompts, tokenize_rows
@@ -59,6 +59,14 @@ def test_damaged_tokens_are_made_anew(flan_t5, tmp_path, monkeypatch, damage):
         file.with_suffix(".json").unlink()
     assert tokenize_rows(Accelerator(), make_rows(30), tokenizer, config, "train").to_list() == expected
     assert file.read_bytes() == content
+
+
+def test_a_full_cache_is_named(flan_t5, small_disk, monkeypatch):
+    folder = small_disk(64)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+    config, tokenizer = TrainingConfig(), load_tokenizer(str(flan_t5))
+    with pytest.raises(UserError, match=f"^the cache {folder}/dialogue_tokens: No space left on device; HF_HOME or"):
+        tokenize_rows(Accelerator(), make_rows(1000), tokenizer, config, "train")
 
 
 def test_targets_are_cut_before_the_end_token(flan_t5, data_files, caplog):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
 from utils.config import LoraTrainingConfig
+from utils.files import raise_disk_errors
 from utils.modeling.export import compare_with_folder, export_model, save_tokenizer
 from utils.modeling.loading import check_head, count_parameters, load_model, load_tokenizer
 from utils.modeling.lora import add_lora
@@ -122,3 +123,12 @@ def test_an_adapters_file_is_the_same_in_every_process(flan_t5, tmp_path):
     model = add_lora(load_model(str(flan_t5), "sdpa", torch.float32), LoraTrainingConfig(lora_target_modules=names))
     export_model(Accelerator(cpu=True), model, load_tokenizer(str(flan_t5)), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
+
+
+def test_no_room_for_a_tokenizer(flan_t5, small_disk):
+    """Its library says so with an error that has no class of its own."""
+    folder = small_disk(8)
+    with pytest.raises(OSError, match="No space left on device"), raise_disk_errors(folder):
+        load_tokenizer(str(flan_t5)).save_pretrained(folder)
+    with pytest.raises(KeyError), raise_disk_errors(folder):  # other errors stay what they are
+        raise KeyError("os error")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
 
@@ -57,10 +56,12 @@ def append_line(path: Path, line: str):
 
 @contextlib.contextmanager
 def raise_disk_errors(path: Path) -> Iterator[None]:
-    """Around safetensors' writing, which does not raise OSError where a disk is full."""
+    """Around what safetensors and tokenizers write, which raise no OSError where a disk is full."""
     try:
         yield
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers' errors have no class of their own
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise

@@ -1,7 +1,10 @@
 """Prompts and summaries to tokens, made once and cached on the disk."""
 
+import contextlib
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import UserError
-from utils.files import describe_file, hash_value, make_folder, write_json
+from utils.files import DISK_ERRORS, describe_file, hash_value, make_folder, write_json
 from utils.launch.times import timed
 from utils.prompting import PROMPT_SUFFIX, build_prompt
 
@@ -37,6 +40,18 @@ def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, m
     prompt_ids = tokenizer([build_prompt(dialogue) for dialogue in dialogues]).input_ids
     cut = [ids if len(ids) <= max_length else ids[: max_length - len(suffix_ids)] + suffix_ids for ids in prompt_ids]
     return cut, [len(ids) for ids in prompt_ids]
+
+
+@contextlib.contextmanager
+def explain_full_cache(folder: Path) -> Iterator[None]:
+    try:
+        make_folder(folder)
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        text = f"the cache {folder}: {os.strerror(error.errno)}; HF_HOME or HF_DATASETS_CACHE can name another folder"
+        raise UserError(text) from error
 
 
 def remove_if_damaged(cache_file: Path):
@@ -73,8 +88,7 @@ def tokenize_rows(
     limits = [config.max_source_length, config.max_target_length]
     content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), *limits])
     cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
-    make_folder(cache_file.parent)
-    with accelerator.main_process_first(), FileLock(f"{cache_file}.lock"):
+    with accelerator.main_process_first(), explain_full_cache(cache_file.parent), FileLock(f"{cache_file}.lock"):
         remove_if_damaged(cache_file)
         tokens = datasets.Dataset.from_list(rows).map(
             tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split

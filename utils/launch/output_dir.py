@@ -42,6 +42,9 @@ def check_output_dir(config: Any):
     model = getattr(config, "model_name_or_path", "")
     if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
+    for name in ("STOP", *RUN_FILES):
+        if (folder / name).is_dir():
+            raise UserError(f"--output_dir {folder}: {name} in it is a folder: remove it, or take another")
     held = find_run_files(folder)
     for setting in ("model_name_or_path", "train_file", "validation_file", "test_file", "predictions_file"):
         value = getattr(config, setting, None) or ()
@@ -173,9 +176,12 @@ def lock_folder(folder: Path, setting: str) -> Iterator[None]:
     """Make the folder and keep others who lock it out, also if this process is killed before it ends, when the system
     lets go of the lock. UserError if it is locked. A folder that is made and gets no file is removed again."""
     is_new = not folder.exists()
-    make_folder(folder)
     path = folder / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing
+    try:
+        make_folder(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing
+    except OSError as error:
+        raise UserError(f"--{setting} {folder}: cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -61,7 +61,7 @@ def write_model(
             if isinstance(model, PeftModel):
                 rename_magnitudes(unchecked / "adapter_model.safetensors")
                 sort_targets(unchecked / "adapter_config.json")
-        save_tokenizer(tokenizer, unchecked)
+            save_tokenizer(tokenizer, unchecked)
         for path in unchecked.glob("*.safetensors"):
             shutil.copymode(unchecked / "tokenizer_config.json", path)  # safetensors lets nobody else read them
     except OSError as error:
