@@ -22,7 +22,7 @@ from accelerate import PartialState
 from demo.facts import guess_summaries, read_facts, score_facts
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
-from utils.generation.partial_texts import remove_batches
+from utils.generation.partial_texts import mark_unfinished, remove_batches
 from utils.generation.summaries import choose_dtype, summarize_with_models
 from utils.launch.output_dir import check_output_dir, lock_folder, lock_output_dir
 from utils.launch.processes import start_evaluation
@@ -68,9 +68,10 @@ def main(config: EvaluationConfig):
             results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
             if facts:
                 results["facts"] = score_facts(summaries, dialogues, facts)
+            mark_unfinished(Path(config.output_dir))
             write_results(config, dialogues, summaries, results)
-            remove_batches(Path(config.output_dir))
             show_report(config)
+            remove_batches(Path(config.output_dir))
         accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 
 

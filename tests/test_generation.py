@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, make_rows, read_jsonl, run_script
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, make_rows, read_jsonl, run_script, write_rows
 from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
+import evaluate_rouge
+import utils.files
+import utils.scoring.report
 from utils.config import EvaluationConfig, UserError
 from utils.data.micro_batches import deal
 from utils.generation.decoding import cached_bytes_per_token, decode_batch
@@ -323,3 +327,39 @@ def test_settings_that_cannot_be_meant(settings, message):
     with pytest.raises(UserError) as error:
         EvaluationConfig(**settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+@pytest.mark.parametrize("last", ["predictions.jsonl", "results.json", "report.html"])
+def test_an_evaluation_that_ended_between_its_files_goes_on(
+    flan_t5, data_files, tmp_path, monkeypatch, from_files, last
+):
+    """The same command writes what is missing; after that it is refused."""
+    rows = read_jsonl(data_files["test"])
+    texts = write_rows(tmp_path / "texts.jsonl", [{"id": row["id"], "prediction": "Hi."} for row in rows])
+    what = {"predictions_file": [str(texts)]} if from_files else {"models": [f"m={flan_t5}"], "max_new_tokens": 4}
+    write_file = utils.files.write_file
+
+    def write_and_end(path: Path, content: bytes):
+        write_file(path, content)
+        if path.name == last:
+            raise InterruptedError
+
+    def evaluate(name: str):
+        AcceleratorState._reset_state(True)
+        evaluate_rouge.main(
+            EvaluationConfig(test_file=str(data_files["test"]), output_dir=str(tmp_path / name), **what)
+        )
+        names = ("predictions.jsonl", "report.md", "report.html")
+        return [(tmp_path / name / file).read_text().replace(f"/{name}", "/out") for file in names]
+
+    expected = evaluate("whole")
+    with monkeypatch.context() as patch:
+        for module in (utils.files, utils.scoring.report):
+            patch.setattr(module, "write_file", write_and_end)
+        with pytest.raises(InterruptedError):
+            evaluate("cut")
+    assert {path.name for path in (tmp_path / "cut").iterdir()} >= {"predictions.jsonl", "predictions.partial-0.jsonl"}
+    assert evaluate("cut") == expected
+    with pytest.raises(UserError, match="holds a run already"):
+        evaluate("cut")

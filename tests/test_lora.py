@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,7 +275,25 @@ def test_a_model_that_may_be_replaced(finished, data_files, flan_t5, tmp_path):
         (tmp_path / name).write_text("{}")
     settings = {"resume_from_checkpoint": "latest", "merge_into": str(tmp_path), "overwrite_output_dir": True}
     train(flan_t5, data_files, finished["rslora"], **VARIANTS["rslora"], **settings)
-    assert {path.name for path in tmp_path.iterdir()} == (set(FULL_FILES) - set(RECORDS)) | {"notes.txt"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == (set(FULL_FILES) - set(RECORDS)) | {"notes.txt", "merged_from.json"}
+
+
+def test_the_same_command_merges_again(flan_t5, data_files, tmp_path, monkeypatch):
+    """A run that was killed after its merge, or in its middle, is resumed; another run's merged model is refused."""
+    settings = {"resume_from_checkpoint": "latest", "merge_into": str(tmp_path / "merged")}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lora, "finish_run", lambda *arguments: sys.exit(9))
+        with pytest.raises(SystemExit):
+            train(flan_t5, data_files, tmp_path / "out", **settings)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    for missing in ((), ("config.json", "tokenizer.json")):  # which are moved last
+        for name in missing:
+            (tmp_path / "merged" / name).unlink()
+        train(flan_t5, data_files, tmp_path / "out", **settings)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == whole
+    with pytest.raises(UserError, match="--merge_into .* holds a run or a model already"):
+        train(flan_t5, data_files, tmp_path / "other", **settings)
 
 
 def test_four_bits_are_refused_where_they_cannot_be(flan_t5, data_files, tmp_path, monkeypatch):

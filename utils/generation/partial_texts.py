@@ -15,9 +15,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from utils.files import append_line, hash_value, hash_weights, make_folder
+from utils.launch.output_dir import PARTIAL_TEXTS
 
 logger = logging.getLogger(__name__)
-PATTERN = "predictions.partial-*.jsonl"
 
 
 class Summary(NamedTuple):
@@ -29,7 +29,7 @@ def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summa
     """The summaries of each batch in the folder, by the batch's key; the same on every process."""
     batches = {}
     if accelerator.is_main_process:
-        for path in sorted(folder.glob(PATTERN)):
+        for path in sorted(folder.glob(PARTIAL_TEXTS)):
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
@@ -42,7 +42,7 @@ def read_batches(accelerator: Accelerator, folder: Path) -> dict[str, list[Summa
 
 def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: list[Summary]):
     make_folder(folder)
-    path = folder / PATTERN.replace("*", str(accelerator.process_index))
+    path = folder / PARTIAL_TEXTS.replace("*", str(accelerator.process_index))
     line = {"key": key, "summaries": summaries, "sha256": hash_value(summaries)}
     try:
         # A line break before it as well: the line before may be torn.
@@ -51,9 +51,15 @@ def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: li
         logger.warning("%s lacks a batch: %s", path, error.strerror)
 
 
+def mark_unfinished(folder: Path):
+    """To be called before results are written: an evaluation that ends before the last of them is resumed, also if it
+    has generated nothing."""
+    (folder / PARTIAL_TEXTS.replace("*", "0")).touch()
+
+
 def remove_batches(folder: Path):
-    """To be called once the texts are in predictions.jsonl."""
-    for path in folder.glob(PATTERN):
+    """To be called once all else is written."""
+    for path in folder.glob(PARTIAL_TEXTS):
         path.unlink()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import re
@@ -18,13 +19,15 @@ from utils.files import make_folder
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
+PARTIAL_TEXTS = "predictions.partial-*.jsonl"  # there until an evaluation has written all else
+MERGED_FROM = "merged_from.json"
 RUN_FILES = (
     "metrics.jsonl", "run_manifest.json", "loss_curve.png",
     "config.json", "generation_config.json", "adapter_config.json",
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
-    "predictions.jsonl", "results.json", "report.html", "report.md",
+    "predictions.jsonl", "results.json", "report.html", "report.md", "merged_from.json",
 )  # fmt: skip
 ASIDE = "replaced.unfinished"
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
@@ -77,12 +80,26 @@ def check_merge_dir(config: Any):
         if folder.resolve() in (other, *other.parents) and (setting == "output_dir" or other.exists()):
             raise UserError(f"--merge_into {folder} is or holds the --{setting}: take another folder")
     held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]  # left by a kill
-    if held and not config.overwrite_output_dir:
+    if held and not config.overwrite_output_dir and not is_own_merge(config):
         raise UserError(
             f"--merge_into {folder} holds a run or a model already ({held[0].name}): take another, or "
             "--overwrite_output_dir"
         )
     check_writable(folder, "merge_into")
+
+
+def is_own_merge(config: Any) -> bool:
+    """Whether what --merge_into holds was merged by the run that is resumed, which will merge again."""
+    try:
+        record = json.loads((Path(config.merge_into) / MERGED_FROM).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return config.resume_from_checkpoint is not None and record == describe_merge(config)
+
+
+def describe_merge(config: Any) -> dict[str, str]:
+    """What merged_from.json holds."""
+    return {"adapter": str(Path(config.output_dir).resolve()), "base": config.model_name_or_path}
 
 
 def check_path(folder: Path, setting: str):
@@ -106,6 +123,8 @@ def find_existing(folder: Path) -> Path:
 
 def is_resumed(config: Any, held: list[Path]) -> bool:
     """Whether the run that output_dir holds is the one to resume."""
+    if not hasattr(config, "resume_from_checkpoint"):
+        return any(Path(config.output_dir).glob(PARTIAL_TEXTS))
     checkpoint = getattr(config, "resume_from_checkpoint", None)
     if checkpoint == "latest":
         names, begun = {path.name for path in held}, Path(config.output_dir, "checkpoints").glob("*")

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import LoraTrainingConfig, UserError
-from utils.launch.output_dir import find_run_files
+from utils.files import make_folder, write_json
+from utils.launch.output_dir import MERGED_FROM, describe_merge, find_run_files
 from utils.launch.times import timed
 from utils.modeling.export import write_model
 from utils.modeling.loading import load_model
@@ -96,8 +97,9 @@ def merge_adapter(
                     f"of base and adapter by {difference:.1e} of the largest; {config.output_dir} holds the adapter"
                 )
             folder = Path(config.merge_into)
-            held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]
-            held = held if config.overwrite_output_dir else []
+            held = [path for path in find_run_files(folder) if path.name not in ("export.unchecked", MERGED_FROM)]
+            make_folder(folder)
+            write_json(folder / MERGED_FROM, describe_merge(config))  # first: the rest is this run's from now on
             write_model(accelerator, model, tokenizer, model.state_dict(), folder, "merge_into", obsolete=held)
         logger.info("merged base and adapter: logits differ by %.1e of the largest", difference)
     accelerator.wait_for_everyone()
