@@ -12,6 +12,7 @@ import evaluate_rouge
 from utils.config import EvaluationConfig, UserError
 from utils.scoring.html_report import build_page, escape_json
 from utils.scoring.report import format_markdown, format_table, read_results
+from utils.scoring.results import read_training
 from utils.scoring.tables import Table, describe_differences
 
 HOSTILE = (
@@ -331,3 +332,52 @@ def test_a_dialogue_cannot_command_the_terminal(tmp_path, capsys):
         assert text in shown
     assert not set("\x1b\x07\r\x9b") & set(shown)
     assert read_jsonl(tmp_path / "out" / "predictions.jsonl")[0]["prediction"] == "Hi\x1b[31m."
+
+
+HARMLESS = {
+    "run_manifest.json": json.dumps(
+        {
+            "num_parameters": 10,
+            "num_trainable_parameters": 5,
+            "num_train_steps": 2,
+            "num_processes": 1,
+            "device": "cpu",
+        }
+    ),
+    "metrics.jsonl": json.dumps(
+        {
+            "step": 1,
+            "split": "train",
+            "loss": 2.5,
+            "num_examples": 4,
+            "samples_per_second": 2.0,
+            "peak_memory_mib": 100.0,
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("metrics.jsonl", "2.5", '"2.5"'),
+        ("metrics.jsonl", "2.5", "NaN"),
+        ("metrics.jsonl", "2.5", "[" * 100_000),
+        ("metrics.jsonl", "2.5", "1" + "0" * 400),
+        ("metrics.jsonl", "2.0", "0"),
+        ("metrics.jsonl", '"train"', "[]"),
+        ("metrics.jsonl", "100.0", "Infinity"),
+        ("run_manifest.json", "10", '"<b>"'),
+        ("run_manifest.json", "10", "null"),
+        ("run_manifest.json", '{"num_parameters"', '{"n"'),
+    ],
+)
+def test_a_training_that_says_nonsense_of_itself_is_left_out(tmp_path, file, old, new):
+    for name, text in HARMLESS.items():
+        (tmp_path / name).write_text(text)
+    found = read_training(tmp_path)
+    assert (found["seconds"], found["peak_memory_mib"], found["curves"]["train"]) == (2.0, 100.0, [[1, 2.5]])
+    assert old in HARMLESS[file]
+    (tmp_path / file).write_text(HARMLESS[file].replace(old, new))
+    hostile = read_training(tmp_path)
+    assert hostile is None or (new == "[]" and hostile["curves"]["train"] == [])

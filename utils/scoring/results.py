@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -90,19 +91,28 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
         metrics = [json.loads(line) for line in lines]
         train = [line for line in metrics if line["split"] == "train"]
         points = {
-            split: [[line["step"], line["loss"]] for line in metrics if line["split"] == split]
+            split: [[number_in(line, "step"), number_in(line, "loss")] for line in metrics if line["split"] == split]
             for split in ("train", "validation")
         }
-        names = ("num_parameters", "num_trainable_parameters", "num_train_steps", "num_processes", "device")
+        names = ("num_parameters", "num_trainable_parameters", "num_train_steps", "num_processes")
         return {
-            **{name: manifest[name] for name in names},
+            **{name: number_in(manifest, name) for name in names},
+            "device": str(manifest["device"]),
             "size_bytes": sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern)),
-            "seconds": sum(line["num_examples"] / line["samples_per_second"] for line in train),
-            "peak_memory_mib": max((line["peak_memory_mib"] for line in train), default=None),
+            "seconds": sum(number_in(line, "num_examples") / number_in(line, "samples_per_second") for line in train),
+            "peak_memory_mib": max((number_in(line, "peak_memory_mib") for line in train), default=None),
             "curves": {split: thin(curve) for split, curve in points.items()},
         }
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return None  # a model from elsewhere, or from an earlier version: its texts are scored all the same
+
+
+def number_in(values: dict[str, Any], name: str) -> float:
+    """TypeError for what is no finite number: the files may be anybody's."""
+    value = values[name]
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise TypeError(f"{name}: {value!r}")
+    return value
 
 
 def thin(points: list) -> list:
