@@ -437,6 +437,14 @@ def test_bad_yaml(refuse, here, script, content, expected):
 
 
 @every_script
+def test_yaml_of_aliases(refuse, here, script):
+    """Fifty lines can stand for more text than there is memory."""
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 50)), "models: *a49"]
+    (here / "my.yaml").write_text("\n".join(lines))
+    assert refuse(script, "--config=my.yaml") == "--config my.yaml: aliases (*name) are not read: write the value"
+
+
+@every_script
 def test_yaml_that_is_a_folder(refuse, here, script):
     (here / "my.yaml").mkdir()
     assert refuse(script, "--config=my.yaml") == "--config my.yaml: [Errno 21] Is a directory: 'my.yaml'"
@@ -1096,6 +1104,21 @@ def test_code_of_a_model_is_never_run(refuse, here, flan_t5, monkeypatch):
     message = refuse("evaluate_rouge", "--models", "m=./model", "--test_file=test.jsonl", "--output_dir=out")
     assert "model: this model needs Python code that comes with it, and these scripts never run such code" in message
     assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_files_that_memory_does_not_hold(refuse, here, monkeypatch, kind):
+    """A parquet of kilobytes may unpack to gigabytes; here to 600 MB, of which 20 are read."""
+    monkeypatch.setattr("utils.data.rows.MOST_BYTES", 20_000_000)
+    path = here / f"rows.{kind}"
+    if kind == "parquet":
+        long = pyarrow.array(["x" * 10_000] * 30_000)
+        pyarrow.parquet.write_table(pyarrow.table({"dialogue": long, "summary": long}), path)
+        assert path.stat().st_size < 100_000
+    else:
+        path.write_bytes(bytes(20_000_001))
+    message = refuse("train_full", f"--train_file={path.name}", "--output_dir=out")
+    assert message.startswith(f"{path.name}: ") and "20,000,000" in message and message.endswith(": split it")
 
 
 # --- what could be lost, or mistaken for another -------------------------------------------------------------------

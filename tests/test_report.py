@@ -334,26 +334,11 @@ def test_a_dialogue_cannot_command_the_terminal(tmp_path, capsys):
     assert read_jsonl(tmp_path / "out" / "predictions.jsonl")[0]["prediction"] == "Hi\x1b[31m."
 
 
+COUNTS = {"num_parameters": 10, "num_trainable_parameters": 5, "num_train_steps": 2, "num_processes": 1}
+LINE = {"step": 1, "split": "train", "loss": 2.5, "num_examples": 4, "samples_per_second": 2.0}
 HARMLESS = {
-    "run_manifest.json": json.dumps(
-        {
-            "num_parameters": 10,
-            "num_trainable_parameters": 5,
-            "num_train_steps": 2,
-            "num_processes": 1,
-            "device": "cpu",
-        }
-    ),
-    "metrics.jsonl": json.dumps(
-        {
-            "step": 1,
-            "split": "train",
-            "loss": 2.5,
-            "num_examples": 4,
-            "samples_per_second": 2.0,
-            "peak_memory_mib": 100.0,
-        }
-    ),
+    "run_manifest.json": json.dumps(COUNTS | {"device": "cpu"}),
+    "metrics.jsonl": json.dumps(LINE | {"peak_memory_mib": 100.0}),
 }
 
 

@@ -19,6 +19,8 @@ from utils.launch.hub import explain_hub_errors
 from utils.launch.times import timed
 from utils.prompting import clean_text
 
+MOST_BYTES = 2 * 10**9  # of a file of rows, which is read whole; DialogSum has 13 million
+
 
 @timed("data")
 def load_rows(
@@ -47,7 +49,9 @@ def read_file(path: Path) -> list[tuple[int, Any]]:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use .csv, .jsonl, .json or .parquet")
     try:
         if path.suffix == ".parquet":
-            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+            return read_parquet(path)
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes, and {MOST_BYTES:,} at most are read: split it")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -65,6 +69,20 @@ def read_file(path: Path) -> list[tuple[int, Any]]:
     # split("\n") and not splitlines(): JSON text may hold U+2028 and the like unescaped.
     lines = enumerate(text.split("\n"), start=1)
     return [(number, parse_json(line, path, number)) for number, line in lines if line.strip()]
+
+
+def read_parquet(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows, num_bytes = [], 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        # In parts: a file of some kilobytes can hold one long text a million times.
+        for batch in file.iter_batches(batch_size=256):
+            num_bytes += batch.nbytes
+            if num_bytes > MOST_BYTES:
+                raise UserError(
+                    f"{path}: over {MOST_BYTES:,} bytes when it is unpacked, and no more are read: split it"
+                )
+            rows += batch.to_pylist()
+    return list(enumerate(rows, start=1))
 
 
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:

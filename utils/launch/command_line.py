@@ -78,7 +78,10 @@ def check_text(name: str, value: Any):
 def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:
     """A YAML file's settings as command line words, so that both are checked and converted by the same rules."""
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # some can stand for gigabytes
+            raise UserError(f"--config {path}: aliases (*name) are not read: write the value")
+        settings = yaml.load(text, yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
