@@ -2,10 +2,13 @@
 
     {"argv": ["train_full.py", ...], "log": FILE, "seconds": 1.5}           # SIGKILL after so long, from outside
     {"argv": [...], "log": FILE, "point": "Path.rename", "call": 3, "moment": "half"}  # by itself, at that call
+    {"argv": [...], "log": FILE, "under": FOLDER, "operation": 7}           # by itself, before the 7th file operation
+    {"argv": [...], "log": FILE, "under": FOLDER, "count_to": FILE}         # not at all, and they are counted
     {"argv": [...], "log": FILE}                                            # not at all
 
 A process of its own for each training, but the imports, most of a tiny run's time, are done once, here. The answer is
-the exit code, or minus the signal's number. kill_many_times.py starts this.
+the exit code, or minus the signal's number. kill_many_times.py and
+kill_at_every_operation.py start this.
 """
 
 import json
@@ -16,10 +19,12 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import evaluate_rouge  # noqa: F401
 import train_full  # noqa: F401  what the children run, imported ahead
 import train_lora  # noqa: F401
 from utils.training import checkpoint_files
@@ -63,6 +68,38 @@ def die_at(point: str, call: int, moment: str):
     setattr(owner, name, deadly)
 
 
+def count_operations(folder: str, deadly: int | None) -> Callable[[], int]:
+    """From now on, count what Python does to files under the folder, and die before the one of this number. Returns a
+    function that returns how many there were."""
+    count, fsync = 0, os.fsync
+
+    def meet():
+        nonlocal count
+        count += 1
+        if count == deadly:
+            die()
+
+    def watch(event: str, arguments: tuple):
+        if event == "open":
+            path, _, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(folder):
+                meet()
+        elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod"):
+            # rmtree gives names relative to an open folder.
+            is_relative = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+            if is_relative or os.path.abspath(os.fspath(arguments[0])).startswith(folder):
+                meet()
+
+    def watched_fsync(descriptor: int):
+        meet()
+        fsync(descriptor)
+
+    os.fsync = watched_fsync
+    sys.addaudithook(watch)
+    return lambda: count
+
+
 def train(order: dict) -> int:
     """In the child: run the script as `python SCRIPT ...` would; returns its exit code."""
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -71,8 +108,12 @@ def train(order: dict) -> int:
     sys.argv = order["argv"]
     if "point" in order:
         die_at(order["point"], order["call"], order["moment"])
+    if "under" in order:
+        count = count_operations(order["under"], order.get("operation"))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
+        if "count_to" in order:
+            Path(order["count_to"]).write_text(str(count()))
     except SystemExit as stop:
         return stop.code or 0
     except BaseException:
