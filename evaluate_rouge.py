@@ -17,8 +17,6 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from demo.facts import guess_summaries, read_facts, score_facts
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
@@ -35,7 +33,7 @@ from utils.scoring.results import write_results
 
 def main(config: EvaluationConfig):
     if config.report_only:
-        if PartialState().is_main_process:
+        if start_evaluation().is_main_process:
             with lock_folder(Path(config.output_dir), "output_dir"):
                 show_report(config)
         return

@@ -18,15 +18,13 @@ from utils.config import TrainingConfig
 from utils.training import batch_size
 
 EXAMPLE, REST = 100, 1000  # bytes
-peaks = iter((REST, REST + EXAMPLE, REST + 2 * EXAMPLE))  # of the passes with 1, 1 and 2 examples
+peaks = iter((REST, REST + EXAMPLE, REST + 2 * EXAMPLE, REST + 3 * EXAMPLE))  # of passes with 1, 1, 2 and 3 examples
 
 
 def choose_batch_size(accelerator: Accelerator, model, data, config: TrainingConfig, remembered: None):
     fits = 3 if accelerator.is_main_process else 5
-    trained = 4 * sum(batch_size.local_part(p).numel() for p in model.parameters() if p.requires_grad)
-    moments = 0 if batch_size.is_deepspeed(accelerator) else 2 * trained
-    # Half an example more than fits.
-    batch_size.measure_memory = lambda accelerator: (REST + (fits + 0.5) * EXAMPLE + moments) / batch_size.USED_SHARE
+    needed = REST + (fits + 0.5) * EXAMPLE + batch_size.count_moments(accelerator, model)
+    batch_size.measure_memory = lambda accelerator: needed / batch_size.USED_SHARE
     return dataclasses.replace(
         config, per_device_train_batch_size=batch_size.find_batch_size(accelerator, model, data, config)
     )

@@ -441,7 +441,10 @@ def test_yaml_of_aliases(refuse, here, script):
     """Fifty lines can stand for more text than there is memory."""
     lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 50)), "models: *a49"]
     (here / "my.yaml").write_text("\n".join(lines))
-    assert refuse(script, "--config=my.yaml") == "--config my.yaml: aliases (*name) are not read: write the value"
+    assert (
+        refuse(script, "--config=my.yaml")
+        == "--config my.yaml: aliases (*name) are not supported: write the value out"
+    )
 
 
 @every_script
@@ -1102,7 +1105,7 @@ def test_code_of_a_model_is_never_run(refuse, here, flan_t5, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *prompt: "y")
     write_rows(here / "test.jsonl", [{"id": "a", "dialogue": "Hi.", "summary": "Hi."}])
     message = refuse("evaluate_rouge", "--models", "m=./model", "--test_file=test.jsonl", "--output_dir=out")
-    assert "model: this model needs Python code that comes with it, and these scripts never run such code" in message
+    assert "model: this model needs Python code of its own, and these scripts never run a model's code" in message
     assert not (here / "ran").exists()
 
 

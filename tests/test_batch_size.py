@@ -86,6 +86,27 @@ def test_not_even_one_fits(parts, monkeypatch):
             find_batch_size(*parts)
 
 
+def test_one_fits_and_two_do_not(parts, monkeypatch):
+    gpu = FakeGpu(monkeypatch, parts[1])
+    gpu.size = 3.1e6  # 2.7 are needed, of 0.9 times 3.1; two take 2.8 without what the optimizer needs
+    assert find_batch_size(*parts) == 1
+
+
+def test_a_peak_that_grows_faster_than_a_line(parts, monkeypatch):
+    """What is extrapolated is tried, and made smaller until it fits."""
+    sizes = []
+
+    def measure(accelerator, model, examples):
+        sizes.append(len(examples["input_ids"]))
+        return 1000 + max(10 * sizes[-1], 100 * (sizes[-1] - 3))
+
+    monkeypatch.setattr(batch_size, "measure_peak", measure)
+    monkeypatch.setattr(batch_size, "count_moments", lambda accelerator, model: 0)
+    monkeypatch.setattr(batch_size, "measure_memory", lambda accelerator: 1500 / USED_SHARE)
+    assert find_batch_size(*parts) == 8
+    assert sizes == [1, 1, 2, 20, 15, 11, 8]
+
+
 def test_probing_leaves_no_gradient(parts, monkeypatch):
     FakeGpu(monkeypatch, parts[1]).size = 1e9
     find_batch_size(*parts)
@@ -106,6 +127,7 @@ def test_preflight_estimates_it(parts, flan_t5):
 
 def test_count_fitting():
     assert [count_fitting(100, 110, memory) for memory in (99, 100, 109, 110, 155)] == [0, 1, 1, 2, 6]
+    assert count_fitting(100, float("inf"), 1e9) == 1
     assert count_fitting(float("inf"), float("inf"), 1e9) == 0
 
 

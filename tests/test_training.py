@@ -330,10 +330,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(flan_t5, data_files, 
 def test_weights_that_training_spoils_are_not_exported(flan_t5, data_files, tmp_path, max_train_steps):
     """With one update nothing else shows it; with more, the next gradient is not finite either."""
     settings = {"max_train_steps": max_train_steps, "learning_rate": 1e308, "validation_file": None}
-    with pytest.raises(UserError, match="^after 1 updates .* weights are not finite, .*: nothing is exported; lower"):
+    with pytest.raises(
+        UserError, match="^after 1 updates .* weight tensors are not finite, .*: nothing is exported; lower"
+    ):
         train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "out", **settings)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not {"model.safetensors", "last_good_model"} & names
+    with pytest.raises(UserError, match="nothing is exported"):  # nor from the checkpoint
+        settings |= {"resume_from_checkpoint": "latest"}
+        train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "out", **settings)
 
 
 def test_weights_that_were_not_finite_are_a_warning(flan_t5, data_files, tmp_path, caplog):

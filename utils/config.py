@@ -72,8 +72,8 @@ class RunConfig(Config):
     seed: int = setting(42, "seed of everything that is random")
     per_device_eval_batch_size: size_or_auto = setting(
         "auto",
-        "examples of full length in one forward pass of validation or generation, of shorter ones more; auto: 32, and "
-        "for generation as many as a quarter of a GPU's memory holds",
+        "full-length examples per forward pass in validation and generation, more if they are shorter; auto: 32, but "
+        "evaluate_rouge.py on a GPU takes as many as fit in a quarter of its memory",
     )
     attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
     demo: bool = setting(False, "take the tiny model and data of demo/: no network, minutes on two CPU cores")
@@ -101,7 +101,7 @@ class OptimizationConfig(Config):
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
     per_device_train_batch_size: size_or_auto = setting(
         "auto",
-        "examples of full length in one forward pass, of shorter ones more; auto: as many as a GPU holds, 16 on a CPU",
+        "full-length examples per forward pass, more if they are shorter; auto: as many as the GPU holds, 16 on a CPU",
     )
     learning_rate: float = setting(1e-3, "highest learning rate of AdamW")
     weight_decay: float = setting(0.01, "AdamW's weight decay, on matrices only")
@@ -114,7 +114,7 @@ class OptimizationConfig(Config):
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
     deterministic: bool = setting(
         False,
-        "on a GPU: the same bits whenever the run is repeated or resumed, as on a CPU; slower",
+        "make a run on a GPU repeatable and resumable bit for bit, as on a CPU; slower",
     )
 
     def __post_init__(self):
@@ -223,7 +223,7 @@ class ScoringConfig(Config):
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
     dtype: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "precision of the models that generate; auto: bf16 on a GPU that computes in it, else fp32"
+        "auto", "precision of generation; auto: bf16 on a GPU that supports it, else fp32"
     )
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")

@@ -1,5 +1,4 @@
-"""Files that are written atomically and are on the disk when that is said, the hashes of values, files and weights,
-and full disks.
+"""Atomic, durable writes; hashes of values, files and weights; errors of full disks.
 
 A power loss may take what has been written and not flushed: a file's content, and a folder's list of names."""
 
@@ -42,12 +41,15 @@ def write_jsonl(path: Path, rows: list[dict]):
 
 def append_line(path: Path, line: str):
     """Append the whole line, or nothing and raise OSError."""
-    size = path.stat().st_size if path.exists() else 0
+    is_new = not path.exists()
+    size = 0 if is_new else path.stat().st_size
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            flush_to_disk(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
@@ -100,6 +102,9 @@ def flush_to_disk(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise  # else it is one of the file systems that flush no folders
     finally:
         os.close(descriptor)
 

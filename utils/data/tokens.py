@@ -1,6 +1,7 @@
 """Prompts and summaries to tokens, made once and cached on the disk."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -43,25 +44,22 @@ def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, m
 
 
 @contextlib.contextmanager
-def explain_full_cache(folder: Path) -> Iterator[None]:
+def explain_cache_errors(folder: Path) -> Iterator[None]:
     try:
-        make_folder(folder)
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (*DISK_ERRORS, errno.ENOLCK):
             raise
         text = f"the cache {folder}: {os.strerror(error.errno)}; HF_HOME or HF_DATASETS_CACHE can name another folder"
         raise UserError(text) from error
 
 
-def remove_if_damaged(cache_file: Path):
-    """Tokens are trained on unseen: a file is used only if it is, to the bit, the one that was written."""
+def is_whole(cache_file: Path) -> bool:
+    """Nobody looks at tokens before training: a cached file must be, bit for bit, what was written."""
     try:
-        is_whole = json.loads(cache_file.with_suffix(".json").read_bytes()) == describe_file(cache_file)
+        return json.loads(cache_file.with_suffix(".json").read_bytes()) == describe_file(cache_file)
     except (OSError, ValueError):
-        is_whole = False
-    if not is_whole:
-        cache_file.unlink(missing_ok=True)
+        return False
 
 
 @timed("data")
@@ -88,12 +86,21 @@ def tokenize_rows(
     limits = [config.max_source_length, config.max_target_length]
     content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), *limits])
     cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
-    with accelerator.main_process_first(), explain_full_cache(cache_file.parent), FileLock(f"{cache_file}.lock"):
-        remove_if_damaged(cache_file)
-        tokens = datasets.Dataset.from_list(rows).map(
+
+    def read_or_make() -> datasets.Dataset:
+        return datasets.Dataset.from_list(rows).map(
             tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split
         )
-        write_json(cache_file.with_suffix(".json"), describe_file(cache_file))
+
+    with accelerator.main_process_first(), explain_cache_errors(cache_file.parent):
+        if not is_whole(cache_file):  # one that is may be in a cache that can only be read
+            make_folder(cache_file.parent)
+            with FileLock(f"{cache_file}.lock"):
+                if not is_whole(cache_file):
+                    cache_file.unlink(missing_ok=True)
+                    read_or_make()
+                    write_json(cache_file.with_suffix(".json"), describe_file(cache_file))
+        tokens = read_or_make()
     source_lengths, target_lengths = np.array(tokens["uncut_source_length"]), np.array(tokens["uncut_target_length"])
     if accelerator.is_main_process:
         logger.info(

@@ -17,7 +17,7 @@ from utils.config import EvaluationConfig
 # Padded tokens that the encoder takes at once: enough to keep a device busy, and few enough that little is padding.
 # The CPU's was measured.
 ENCODER_TOKENS = {"cpu": 2048, "cuda": 32_768}
-# Of a GPU's memory, for the keys and values of a batch.
+# Share of a GPU's memory for a batch's keys and values.
 CACHE_SHARE = 0.25
 # Texts that have ended are taken out of the batch when they are this share of it.
 ENDED_SHARE = 0.25
@@ -56,7 +56,7 @@ def count_cached_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int
 
 @torch.no_grad()
 def cached_bytes_per_token(model: PreTrainedModel) -> int:
-    """Keys and values of all layers, of a source's token; a new one takes as many."""
+    """Bytes of one source token's keys and values in all layers; a new token takes as many."""
     token = torch.full((1, 1), model.config.pad_token_id, device=model.device)
     cache = model(input_ids=token, decoder_input_ids=token, use_cache=True).past_key_values.cross_attention_cache
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

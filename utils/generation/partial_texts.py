@@ -52,8 +52,8 @@ def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: li
 
 
 def mark_unfinished(folder: Path):
-    """To be called before results are written: an evaluation that ends before the last of them is resumed, also if it
-    has generated nothing."""
+    """Call before results are written, so that an evaluation that ends before the last file is resumed, even one that
+    generates nothing."""
     (folder / PARTIAL_TEXTS.replace("*", "0")).touch()
 
 

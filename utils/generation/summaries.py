@@ -23,8 +23,8 @@ from utils.modeling.loading import check_folder, check_sizes, load_model, load_t
 
 logger = logging.getLogger(__name__)
 NUM_BATCHES = 16
-# In a batch, unless memory bounds it. A GPU decodes hundreds of texts in about the time of a few: each token is some
-# five hundred launches, however many texts it is for.
+# Fewest prompts of a batch, memory permitting. A GPU decodes hundreds of texts in about the time of a few: each new
+# token takes some five hundred kernel launches, however many texts there are.
 MIN_PROMPTS = {"cpu": 16, "cuda": 512}
 # What the texts follow from, beside model, prompt and versions.
 DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "length_penalty", "dtype")

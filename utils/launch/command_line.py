@@ -80,7 +80,7 @@ def read_yaml(path: Path, names: dict[str, bool]) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # some can stand for gigabytes
-            raise UserError(f"--config {path}: aliases (*name) are not read: write the value")
+            raise UserError(f"--config {path}: aliases (*name) are not supported: write the value out")
         settings = yaml.load(text, yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error

@@ -37,7 +37,7 @@ def explain_hub_errors(setting: str, name: str, kind: str) -> Iterator[None]:
 def _explain(error: Exception, name: str, kind: str) -> str:
     message = " ".join(str(error).split())
     if "trust_remote_code" in message:
-        return f"this {kind} needs Python code that comes with it, and these scripts never run such code"
+        return f"this {kind} needs Python code of its own, and these scripts never run a {kind}'s code"
     if Path(name).exists():
         return f"cannot be loaded as a {kind}: {message}"
     if kind == "model":

@@ -27,7 +27,7 @@ RUN_FILES = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
-    "predictions.jsonl", "results.json", "report.html", "report.md", "merged_from.json",
+    "predictions.jsonl", "results.json", "report.html", "report.md", MERGED_FROM,
 )  # fmt: skip
 ASIDE = "replaced.unfinished"
 RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
@@ -125,7 +125,7 @@ def is_resumed(config: Any, held: list[Path]) -> bool:
     """Whether the run that output_dir holds is the one to resume."""
     if not hasattr(config, "resume_from_checkpoint"):
         return any(Path(config.output_dir).glob(PARTIAL_TEXTS))
-    checkpoint = getattr(config, "resume_from_checkpoint", None)
+    checkpoint = config.resume_from_checkpoint
     if checkpoint == "latest":
         names, begun = {path.name for path in held}, Path(config.output_dir, "checkpoints").glob("*")
         is_new = "run_manifest.json" in names and names <= BEFORE_A_CHECKPOINT
@@ -175,7 +175,8 @@ def lock_output_dir(accelerator: Accelerator, config: Any) -> contextlib.ExitSta
 
 
 def set_aside(paths: list[Path], aside: Path):
-    """Remove the files and folders. First all are moved, which shows what cannot be removed before anything is."""
+    """Remove the files and folders. All are first moved aside, so that one that cannot be moved is found before any is
+    deleted."""
     aside.mkdir(exist_ok=True)
     moved = []
     try:
@@ -188,12 +189,14 @@ def set_aside(paths: list[Path], aside: Path):
         aside.rmdir()
         raise UserError(f"{path} cannot be replaced: {error.strerror}") from error
     shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        logger.warning("%s could not be removed whole", aside)
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, setting: str) -> Iterator[None]:
-    """Make the folder and keep others who lock it out, also if this process is killed before it ends, when the system
-    lets go of the lock. UserError if it is locked. A folder that is made and gets no file is removed again."""
+    """Make the folder and lock it. UserError if another run holds the lock; if this process is killed, the system
+    releases it. A folder made here that stays empty is removed again."""
     is_new = not folder.exists()
     path = folder / LOCK
     try:

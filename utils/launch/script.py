@@ -27,7 +27,7 @@ from utils.launch.processes import leave_process_group
 from utils.launch.stopping import EXIT_STOPPED, end_with_launcher, hold_early_signals
 from utils.launch.times import charge_imports
 
-SECONDS_TO_BE_ENDED = 3  # torchrun looks ten times a second
+SECONDS_FOR_LAUNCHER = 3  # torchrun looks ten times a second
 
 
 def run_script(main: Callable[[Any], None], config_class: type, demo_file: str):
@@ -58,7 +58,8 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
     except UserError as error:
         return report_mistake(str(error))
     except KeyboardInterrupt:  # before a training listens, or in an evaluation, whose finished batches are kept
-        report_mistake("interrupted")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes are
+            report_mistake("interrupted")
         return 130
     except BrokenPipeError:  # whoever read the tables has gone; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,13 +77,13 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
 
 def report_mistake(text: str) -> int:
     """One line on stderr, and the exit code 2."""
-    rank = ""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        # A mistake that all processes have is the first one's to tell: the launcher ends this one in the meantime.
+        # If all processes made this mistake, the first reports it, and the launcher ends this one while it waits.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SECONDS_TO_BE_ENDED)
-        rank = f"process {os.environ['RANK']}: "
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(text.split())}\n")
+        time.sleep(SECONDS_FOR_LAUNCHER)
+    rank = os.environ.get("RANK", "0")
+    process = f"process {rank}: " if rank != "0" else ""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {process}{' '.join(text.split())}\n")
     return 2
 
 
@@ -114,7 +115,7 @@ def configure_gpus(config: Any):
     if getattr(config, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which PyTorch refuses matrix products
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, and costs time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "peft", "evaluate", "rouge_score")

@@ -31,11 +31,13 @@ def hold_early_signals():
 def end_with_launcher():
     """Have the system send SIGTERM when the launcher ends: `accelerate launch` of one process, and any launcher on
     SIGUSR1 or SIGKILL, tells no one."""
+    has_ended = os.getppid() != PARENT and "ACCELERATE_MIXED_PRECISION" in os.environ  # while this one was importing
     by_launcher = find_launch_words() is not None or "TORCHELASTIC_RUN_ID" in os.environ
     if by_launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != PARENT:  # it has ended while the libraries were imported
-            os.kill(os.getpid(), signal.SIGTERM)
+        has_ended |= os.getppid() != PARENT
+    if has_ended:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopRequest:

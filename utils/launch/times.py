@@ -22,7 +22,7 @@ def charge():
 
 @contextlib.contextmanager
 def timed(part: str) -> Iterator[None]:
-    """Charge to `part` what runs within, but for other parts in it. Also a decorator."""
+    """Charge the time spent inside to `part`, except what nested parts take. Also a decorator."""
     charge()
     running.append(part)
     try:
@@ -33,7 +33,7 @@ def timed(part: str) -> Iterator[None]:
 
 
 def charge_imports():
-    """To be called when all is imported: what has passed since the process started."""
+    """Charge the time since the process started to imports. Call it once everything is imported."""
     global charged_until
     charged_until = time.perf_counter()
     seconds.clear()

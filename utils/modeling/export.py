@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import UserError
-from utils.files import make_folder, move_files, raise_disk_errors, write_json
+from utils.files import flush_to_disk, make_folder, move_files, raise_disk_errors, write_json
 from utils.launch.output_dir import find_checkpoints
 from utils.launch.times import timed
 from utils.modeling.loading import keep_untied_head
@@ -71,11 +71,15 @@ def write_model(
     with without_zero3(accelerator):
         compare_with_folder(state_dict, unchecked)
     written = {path.name for path in unchecked.iterdir()}
-    # The config last: a folder without it does not pass for a finished model.
+    # The config last, and an old one first of all: a folder without it does not pass for a finished model.
+    for path in obsolete:
+        if path.name in CONFIG_FILES:
+            path.unlink()
+            flush_to_disk(folder)
     move_files(unchecked, folder, last=CONFIG_FILES)
     for path in obsolete:
-        if path.name not in written:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name not in (*written, *CONFIG_FILES):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     logger.info("saved %s, read back and found equal to what was trained", folder)
 
 
@@ -101,7 +105,7 @@ def rename_magnitudes(path: Path):
 
 
 def sort_targets(path: Path):
-    """PEFT writes a set, in an order that differs from process to process."""
+    """Sort target_modules: PEFT writes a set, whose order differs from process to process."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()

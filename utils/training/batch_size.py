@@ -15,9 +15,9 @@ from utils.data.batching import collate, measure_lengths
 from utils.data.prefetch import move_batch
 from utils.launch.times import timed
 from utils.modeling.passes import accumulate, backward
-from utils.modeling.sharding import local_part
+from utils.modeling.sharding import whole_shape
 from utils.modeling.strategies import is_deepspeed, is_sharded
-from utils.training.memory_estimate import MicroBatch, estimate_memory
+from utils.training.memory_estimate import MicroBatch, estimate_memory, find_offloaded
 from utils.training.step import compute_target_logits, compute_training_loss
 
 logger = logging.getLogger(__name__)
@@ -49,26 +49,29 @@ def choose_batch_size(
 def find_batch_size(
     accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, config: TrainingConfig
 ) -> int:
-    """How many of the longest source with the longest target fit into the memory of every process's GPU. What each one
-    takes shows in the gradients of one and of two."""
+    """How many of the longest source with the longest target fit into the memory of every process's GPU: extrapolated
+    from the peak memory of one example's gradient and of two's, and then tried."""
     longest_source, longest_target = (int(index) for index in measure_lengths(data).argmax(axis=0))
     example = {"input_ids": [data[longest_source]["input_ids"]], "labels": [data[longest_target]["labels"]]}
-    try:
-        # The first leaves what later ones find in place: gradients, workspaces of the libraries.
-        _, one, two = (
-            measure_peak(accelerator, model, {name: ids * size for name, ids in example.items()}) for size in (1, 1, 2)
-        )
-    except torch.OutOfMemoryError:
-        if is_sharded(accelerator):  # the others may be waiting for this process
-            raise
-        one = two = math.inf
+
+    def measure(size: int) -> float:
+        try:
+            return measure_peak(accelerator, model, {name: ids * size for name, ids in example.items()})
+        except torch.OutOfMemoryError:
+            if is_sharded(accelerator):  # the others may be waiting for this process
+                raise
+            return math.inf
+
+    measure(1)  # leaves what the next ones find in place: gradients, workspaces of the libraries
+    memory = USED_SHARE * measure_memory(accelerator) - count_moments(accelerator, model)
+    fits = min(count_fitting(measure(1), measure(2), memory), most_needed(accelerator, config, len(data)))
+    fits = min(gather_object([fits]))
+    # A peak is the highest of several phases, which grow at different rates: the line is a lower bound.
+    while fits > 2 and max(gather_object([measure(fits) > memory])):
+        fits = fits * 3 // 4
     if not is_deepspeed(accelerator):
         model.zero_grad()
     torch.cuda.empty_cache()
-    trained = [local_part(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    moments = 0 if is_deepspeed(accelerator) else 2 * sum(part.nbytes for part in trained)  # which DeepSpeed has made
-    fits = count_fitting(one, two, USED_SHARE * measure_memory(accelerator) - moments)
-    fits = min(gather_object([min(fits, most_needed(accelerator, config, len(data)))]))
     if fits == 0:
         raise UserError(
             f"--per_device_train_batch_size auto: not even one example of {len(example['input_ids'][0])} source and "
@@ -80,10 +83,20 @@ def find_batch_size(
     return fits
 
 
+def count_moments(accelerator: Accelerator, model: torch.nn.Module) -> int:
+    """Bytes of AdamW's two moments on this process, which are made in the first update."""
+    if is_deepspeed(accelerator):
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if "optimizer" in find_offloaded(settings):
+            return 0
+    num_trained = sum(whole_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 2 * 4 * num_trained // (accelerator.num_processes if is_sharded(accelerator) else 1)
+
+
 def estimate_batch_size(
     accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig, free: int
 ) -> TrainingConfig:
-    """What choose_batch_size will give, about: for a model on the meta device, with so many bytes for a process."""
+    """Roughly what choose_batch_size will choose, for a model on the meta device and `free` bytes per process."""
     size = SIZE_ON_CPU
     if accelerator.device.type == "cuda":
         size = max(1, estimate_fitting(accelerator, model, lengths, config, free))
@@ -111,12 +124,13 @@ def count_fitting(one: float, two: float, memory: float) -> int:
     """How many examples fit into so many bytes, of which one example takes `one` and two take `two`."""
     if memory < one:
         return 0
+    if two == math.inf:
+        return 1
     return 1 + int((memory - one) / max(1, two - one))
 
 
 def measure_peak(accelerator: Accelerator, model: torch.nn.Module, examples: dict[str, list]) -> int:
-    """Most bytes of the GPU's memory in use while the examples' gradient, times 0, is added to the gradient that is
-    there: under DeepSpeed it cannot be taken away again."""
+    """Peak bytes of GPU memory while the gradient of 0 times the loss is accumulated: DeepSpeed cannot discard one."""
     unwrapped = accelerator.unwrap_model(model)
     batch = move_batch(collate(examples, unwrapped.config.pad_token_id), unwrapped, accelerator.device)
     torch.cuda.reset_peak_memory_stats(accelerator.device)

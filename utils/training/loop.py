@@ -44,9 +44,10 @@ def train(
     num_steps = num_train_steps(config, len(lengths))
     stop = StopRequest(accelerator, config)
     model.train()
+    # Before a checkpoint's weights are taken, which may be spoiled already.
+    not_finite = find_not_finite(accelerator.unwrap_model(model))
     interval = checkpointer.restore(model, optimizer, lr_scheduler, config.per_device_train_batch_size)
     check_head(accelerator.unwrap_model(model))
-    not_finite = find_not_finite(accelerator.unwrap_model(model))
     if not_finite and accelerator.is_main_process:
         logger.warning("weights that are not finite before training: %s", ", ".join(sorted(not_finite)))
     num_updates = checkpointer.last_step
@@ -136,13 +137,13 @@ def validate(
 
 
 def check_finite(accelerator: Accelerator, model: torch.nn.Module, num_updates: int, not_finite: set[str]):
-    """UserError, on every process, if weights are not finite that were before training."""
+    """UserError, on every process, if a weight that was finite before training no longer is."""
     spoiled = sorted(find_not_finite(accelerator.unwrap_model(model)) - not_finite)
     if spoiled:
         accelerator.wait_for_everyone()  # when one process exits, the launcher kills the others
         raise UserError(
-            f"after {num_updates} updates {len(spoiled)} weights are not finite, {spoiled[0]} first: nothing is "
-            "exported; lower --learning_rate"
+            f"after {num_updates} updates {len(spoiled)} weight tensors are not finite, the first {spoiled[0]}: "
+            "nothing is exported; lower --learning_rate"
         )
 
 
@@ -155,7 +156,7 @@ def keep_last_good_model(
     what: str,
     not_finite: set[str],
 ) -> NoReturn:
-    """Export the model of the last good update, if it is one, then raise UserError.
+    """Export the model after the last good update, unless its weights are not finite either; then raise UserError.
 
     Args:
         not_finite: names of the weights that were not finite before training.
