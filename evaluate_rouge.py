@@ -22,7 +22,8 @@ from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
 from utils.generation.partial_texts import mark_unfinished, remove_batches
 from utils.generation.summaries import choose_dtype, summarize_with_models
-from utils.launch.output_dir import check_output_dir, lock_folder, lock_output_dir
+from utils.launch.locks import lock_folder, lock_output_dir
+from utils.launch.output_dir import check_output_dir
 from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
 from utils.prompting import build_prompt

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import make_rows, write_flan_t5, write_rows
 from kill_many_times import list_files, make_command, open_worker, read_record
 
-from utils.launch.output_dir import LOCK
+from utils.launch.locks import LOCK
 
 TIMED = ("metrics.jsonl", "loss_curve.png", "state.json", "manifest.json")  # hold times, or hashes of what does
 

@@ -30,7 +30,8 @@ import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.rows import load_rows
 from utils.launch.command_line import parse_config
-from utils.launch.output_dir import check_output_dir, lock_folder, set_aside
+from utils.launch.locks import lock_folder
+from utils.launch.output_dir import check_output_dir, set_aside
 from utils.launch.script import run_script
 from utils.prompting import PROMPT_SUFFIX
 from utils.scoring.rouge import METRICS, score_texts
@@ -1178,7 +1179,6 @@ def test_folders_where_files_should_be(tmp_path, name):
         check_output_dir(TrainingConfig(output_dir=str(tmp_path), overwrite_output_dir=True))
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
 def test_where_no_folder_can_be_made():
     with (
         pytest.raises(UserError, match="--output_dir /proc/nope: cannot be written: No such file or directory"),

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import evaluate_rouge
 import train_full
 import train_lora
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
-from utils.launch.output_dir import LOCK, lock_folder
+from utils.launch.locks import LOCK, lock_folder
 
 
 @pytest.fixture(autouse=True)
@@ -68,23 +69,40 @@ def test_a_lock_that_was_opened_and_then_removed_is_none(tmp_path, monkeypatch):
     flock = fcntl.flock
 
     def remove_and_lock(descriptor, operation):
-        (tmp_path / LOCK).unlink()
+        if operation & fcntl.LOCK_EX:
+            (tmp_path / LOCK).unlink(missing_ok=True)
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_and_lock)
-    with pytest.raises(UserError, match="another run has just ended there"), lock_folder(tmp_path, "output_dir"):
+    with pytest.raises(UserError, match="another run writes to it"), lock_folder(tmp_path, "output_dir"):
         pass
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+def refuse_locks(monkeypatch, number: int):
     def fail(descriptor, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    refuse_locks(monkeypatch, errno.ENOLCK)
     with lock_folder(tmp_path, "output_dir"):
-        assert caplog.messages == [
-            f"{tmp_path} cannot be locked (No locks available): start no second run that writes to it"
-        ]
+        text = f"{tmp_path} cannot be locked (No locks available): start no second run that writes to it"
+        assert caplog.messages == [text]
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_flock_has_a_lock_all_the_same(tmp_path, monkeypatch):
+    refuse_locks(monkeypatch, errno.ENOSYS)
+    for _ in range(2):
+        with (
+            lock_folder(tmp_path, "output_dir"),
+            pytest.raises(UserError, match="another run writes to it"),
+            lock_folder(tmp_path, "output_dir"),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,24 +1,19 @@
-"""A run's folder: what earlier runs have left in it, who may write to it, and what is replaced."""
+"""A run's folder: what earlier runs have left in it, whether this one may write to it, and what it replaces."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from utils.config import UserError
 from utils.files import make_folder
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"
 PARTIAL_TEXTS = "predictions.partial-*.jsonl"  # there until an evaluation has written all else
 MERGED_FROM = "merged_from.json"
 RUN_FILES = (
@@ -29,10 +24,12 @@ RUN_FILES = (
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
     "predictions.jsonl", "results.json", "report.html", "report.md", MERGED_FROM,
 )  # fmt: skip
-ASIDE = "replaced.unfinished"
-RUN_FOLDERS = ("last_good_model", "export.unchecked", "tracker", "checkpoints")
+UNFINISHED = ".unfinished"  # the end of a folder's name, until it is whole or gone
+ASIDE = f"replaced{UNFINISHED}"
+UNCHECKED = "export.unchecked"
+RUN_FOLDERS = ("last_good_model", UNCHECKED, "tracker", "checkpoints")
 # What a run that ended before its first checkpoint leaves; nothing is lost with it.
-BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", "export.unchecked", "tracker", "checkpoints"}
+BEFORE_A_CHECKPOINT = {"metrics.jsonl", "run_manifest.json", UNCHECKED, "tracker", "checkpoints"}
 
 
 def check_output_dir(config: Any):
@@ -79,7 +76,7 @@ def check_merge_dir(config: Any):
         other = Path(getattr(config, setting)).resolve()
         if folder.resolve() in (other, *other.parents) and (setting == "output_dir" or other.exists()):
             raise UserError(f"--merge_into {folder} is or holds the --{setting}: take another folder")
-    held = [path for path in find_run_files(folder) if path.name != "export.unchecked"]  # left by a kill
+    held = [path for path in find_run_files(folder) if path.name != UNCHECKED]  # left by a kill
     if held and not config.overwrite_output_dir and not is_own_merge(config):
         raise UserError(
             f"--merge_into {folder} holds a run or a model already ({held[0].name}): take another, or "
@@ -155,25 +152,6 @@ def clear_output_dir(accelerator: Accelerator, config: Any):
     accelerator.wait_for_everyone()
 
 
-def lock_output_dir(accelerator: Accelerator, config: Any) -> contextlib.ExitStack:
-    """Lock the folders that a run writes to, until what comes back is closed, and check them again: since they were
-    checked first, another run may have ended there. UserError on every process."""
-    locks, error = contextlib.ExitStack(), None
-    if accelerator.is_main_process:
-        try:
-            for setting in ("output_dir", "merge_into"):
-                if folder := getattr(config, setting, None):
-                    locks.enter_context(lock_folder(Path(folder), setting))
-            check_output_dir(config)
-        except UserError as user_error:
-            locks.close()
-            error = str(user_error)
-    (error,) = broadcast_object_list([error])
-    if error:
-        raise UserError(error)
-    return locks
-
-
 def set_aside(paths: list[Path], aside: Path):
     """Remove the files and folders. All are first moved aside, so that one that cannot be moved is found before any is
     deleted."""
@@ -191,49 +169,6 @@ def set_aside(paths: list[Path], aside: Path):
     shutil.rmtree(aside, ignore_errors=True)
     if aside.exists():
         logger.warning("%s could not be removed whole", aside)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, setting: str) -> Iterator[None]:
-    """Make the folder and lock it. UserError if another run holds the lock; if this process is killed, the system
-    releases it. A folder made here that stays empty is removed again."""
-    is_new = not folder.exists()
-    path = folder / LOCK
-    try:
-        make_folder(folder)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing
-    except OSError as error:
-        raise UserError(f"--{setting} {folder}: cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            os.close(descriptor)
-            raise UserError(
-                f"--{setting} {folder}: another run writes to it; wait for its end, or take another"
-            ) from error
-        logger.warning("%s cannot be locked (%s): start no second run that writes to it", folder, error.strerror)
-    if not is_same_file(path, descriptor):  # its holder has just removed it
-        os.close(descriptor)
-        raise UserError(f"--{setting} {folder}: another run has just ended there; start this one again")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-        if is_new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def is_same_file(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-UNFINISHED = ".unfinished"
 
 
 def step_of(folder: Path) -> int:

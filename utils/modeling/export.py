@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 
 from utils.config import UserError
 from utils.files import flush_to_disk, make_folder, move_files, raise_disk_errors, write_json
-from utils.launch.output_dir import find_checkpoints
+from utils.launch.output_dir import UNCHECKED, find_checkpoints
 from utils.launch.times import timed
 from utils.modeling.loading import keep_untied_head
 from utils.modeling.sharding import gather_tensor, without_zero3
@@ -50,7 +50,7 @@ def write_model(
     `state_dict`; only when they are in place and on the disk, what is `obsolete` goes. For one process alone."""
     if not isinstance(model, PeftModel):
         keep_untied_head(model)
-    unchecked = folder / "export.unchecked"
+    unchecked = folder / UNCHECKED
     if unchecked.is_symlink():  # what it leads to is not ours
         unchecked.unlink()
     shutil.rmtree(unchecked, ignore_errors=True)

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from utils.config import LoraTrainingConfig, UserError
 from utils.files import make_folder, write_json
-from utils.launch.output_dir import MERGED_FROM, describe_merge, find_run_files
+from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
 from utils.launch.times import timed
 from utils.modeling.export import write_model
 from utils.modeling.loading import load_model
@@ -97,7 +97,7 @@ def merge_adapter(
                     f"of base and adapter by {difference:.1e} of the largest; {config.output_dir} holds the adapter"
                 )
             folder = Path(config.merge_into)
-            held = [path for path in find_run_files(folder) if path.name not in ("export.unchecked", MERGED_FROM)]
+            held = [path for path in find_run_files(folder) if path.name not in (UNCHECKED, MERGED_FROM)]
             make_folder(folder)
             write_json(folder / MERGED_FROM, describe_merge(config))  # first: the rest is this run's from now on
             write_model(accelerator, model, tokenizer, model.state_dict(), folder, "merge_into", obsolete=held)

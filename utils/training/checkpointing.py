@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from utils.config import TrainingConfig, UserError
 from utils.files import write_file
-from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint, lock_output_dir
+from utils.launch.locks import lock_output_dir
+from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
 from utils.launch.times import timed
 from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
