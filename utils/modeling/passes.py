@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from utils.modeling.sharding import local_part
 from utils.modeling.strategies import is_deepspeed, is_sharded
 
 NORM_PIECE = 2**14  # elements
@@ -68,7 +68,8 @@ def update_weights(
 
 def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_grad_norm: float) -> float:
     """Scale the gradient to an L2 norm of at most max_grad_norm; returns its norm before that."""
-    gradients = [local_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     pieces = gradients
     if accelerator.device.type == "cpu":
         # On a CPU a tensor's squares are summed one by one in fp32, which loses 0.14 % over 25 million; a GPU sums in

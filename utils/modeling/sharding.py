@@ -53,11 +53,6 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3's parameters the shape is (0,)
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that FSDP2 may have sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter or a moment; every process must call it."""
