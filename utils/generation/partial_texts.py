@@ -54,7 +54,7 @@ def append_batch(accelerator: Accelerator, folder: Path, key: str, summaries: li
 def mark_unfinished(folder: Path):
     """Call before results are written, so that an evaluation that ends before the last file is resumed, even one that
     generates nothing."""
-    (folder / PARTIAL_TEXTS.replace("*", "0")).touch()
+    append_line(folder / PARTIAL_TEXTS.replace("*", "0"), "")  # and not touch(), which a power loss may undo
 
 
 def remove_batches(folder: Path):
