@@ -86,9 +86,16 @@ def test_not_even_one_fits(parts, monkeypatch):
             find_batch_size(*parts)
 
 
-def test_one_fits_and_two_do_not(parts, monkeypatch):
+def test_one_fits_and_two_run_out_of_memory(parts, monkeypatch):
     gpu = FakeGpu(monkeypatch, parts[1])
-    gpu.size = 3.1e6  # 2.7 are needed, of 0.9 times 3.1; two take 2.8 without what the optimizer needs
+    gpu.size, measure = 1e9, batch_size.measure_peak
+
+    def refuse_two(accelerator, model, examples):
+        if len(examples["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+        return measure(accelerator, model, examples)
+
+    monkeypatch.setattr(batch_size, "measure_peak", refuse_two)
     assert find_batch_size(*parts) == 1
 
 
@@ -126,9 +133,10 @@ def test_preflight_estimates_it(parts, flan_t5):
 
 
 def test_count_fitting():
-    assert [count_fitting(100, 110, memory) for memory in (99, 100, 109, 110, 155)] == [0, 1, 1, 2, 6]
-    assert count_fitting(100, float("inf"), 1e9) == 1
-    assert count_fitting(float("inf"), float("inf"), 1e9) == 0
+    assert [count_fitting(100, 110, memory, 5) for memory in (99, 100, 109, 110, 145, 1000)] == [0, 1, 1, 2, 5, 5]
+    assert count_fitting(float("inf"), float("inf"), 1e9, 5) == 0
+    assert count_fitting(100, float("inf"), 1e9, 5) == 1
+    assert count_fitting(100, 100, 110, 5) == 5
 
 
 def test_auto_is_16_on_a_cpu_unless_the_run_began_with_another(flan_t5, data_files, tmp_path):

@@ -64,8 +64,8 @@ def find_batch_size(
 
     measure(1)  # leaves what the next ones find in place: gradients, workspaces of the libraries
     memory = USED_SHARE * measure_memory(accelerator) - count_moments(accelerator, model)
-    fits = min(count_fitting(measure(1), measure(2), memory), most_needed(accelerator, config, len(data)))
-    fits = min(gather_object([fits]))
+    most = count_most(accelerator, config, len(data))
+    fits = min(gather_object([count_fitting(measure(1), measure(2), memory, most)]))
     # A peak is the highest of several phases, which grow at different rates: the line is a lower bound.
     while fits > 2 and max(gather_object([measure(fits) > memory])):
         fits = fits * 3 // 4
@@ -112,21 +112,19 @@ def estimate_fitting(
         sum(estimate_memory(accelerator, model, config, micro_batch, None, accumulating=True)[0].values())
         for micro_batch in micro_batches
     )
-    return min(count_fitting(one, two, USED_SHARE * free), most_needed(accelerator, config, len(lengths)))
+    return count_fitting(one, two, USED_SHARE * free, count_most(accelerator, config, len(lengths)))
 
 
-def most_needed(accelerator: Accelerator, config: TrainingConfig, num_examples: int) -> int:
-    """A process's share of an update."""
+def count_most(accelerator: Accelerator, config: TrainingConfig, num_examples: int) -> int:
+    """Examples of an update for one process."""
     return math.ceil(min(config.total_train_batch_size, num_examples) / accelerator.num_processes)
 
 
-def count_fitting(one: float, two: float, memory: float) -> int:
-    """How many examples fit into so many bytes, of which one example takes `one` and two take `two`."""
+def count_fitting(one: float, two: float, memory: float, most: int) -> int:
+    """How many examples, at most `most`, fit into so many bytes, of which one example takes `one` and two `two`."""
     if memory < one:
         return 0
-    if two == math.inf:
-        return 1
-    return 1 + int((memory - one) / max(1, two - one))
+    return min(most, 1 + int((memory - one) / max(1, two - one)))  # inf: nothing more fits
 
 
 def measure_peak(accelerator: Accelerator, model: torch.nn.Module, examples: dict[str, list]) -> int:
