@@ -22,10 +22,7 @@ def disk(tmp_path):
     def mount(file: Path) -> Path:
         folder = file.with_suffix(".mounted")
         folder.mkdir()
-        words = ["mount", "-o", "loop", file, folder]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no file can be mounted here: {done.stderr.strip()}")
+        subprocess.run(["mount", "-o", "loop", file, folder], capture_output=True, text=True, check=True)
         mounted.append(folder)
         return folder
 
@@ -36,7 +33,11 @@ def disk(tmp_path):
     with image.open("wb") as file:
         file.truncate(64 * 2**20)
     subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    yield mount(image), lose_power
+    try:
+        folder = mount(image)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no file can be mounted here: {error.stderr.strip()}")
+    yield folder, lose_power
     for folder in mounted:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
