@@ -40,7 +40,7 @@ def test_a_part_within_a_part_is_not_counted_twice(clock):
         with pytest.raises(ValueError):
             fail()
     clock(32)
-    assert times.describe_times() == "79.0 s: validation 42.0, checkpoints 4.0, the rest 33.0"
+    assert times.describe_times() == "took 79.0 s: validation 42.0, checkpoints 4.0, the rest 33.0"
 
 
 def test_imports_count_from_the_start_of_the_process(clock, monkeypatch):
@@ -48,7 +48,7 @@ def test_imports_count_from_the_start_of_the_process(clock, monkeypatch):
     monkeypatch.setattr(times.time, "time", lambda: times.psutil.Process().create_time() + 3)
     times.charge_imports()
     clock(1)
-    assert times.describe_times() == "4.0 s: imports 3.0, the rest 1.0"
+    assert times.describe_times() == "took 4.0 s: imports 3.0, the rest 1.0"
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_the_last_line_of_a_training(data_files, flan_t5, tmp_path):
     )  # fmt: skip
     elapsed = time.time() - started
     assert run.returncode == 0, run.stderr
-    total, parts = re.fullmatch(r"(\d+\.\d) s: (.*)", run.stderr.splitlines()[-1]).groups()
+    total, parts = re.fullmatch(r"took (\d+\.\d) s: (.*)", run.stderr.splitlines()[-1]).groups()
     parts = {part.rpartition(" ")[0]: float(part.rpartition(" ")[2]) for part in parts.split(", ")}
     assert parts.keys() == {
         "imports", "data", "the model", "validation", "the first update", "updates", "checkpoints", "export", "merge",

@@ -43,4 +43,4 @@ def charge_imports():
 def describe_times() -> str:
     charge()
     parts = [f"{part} {seconds[part]:.1f}" for part in seconds if part != REST]
-    return f"{sum(seconds.values()):.1f} s: {', '.join([*parts, f'{REST} {seconds[REST]:.1f}'])}"
+    return f"took {sum(seconds.values()):.1f} s: {', '.join([*parts, f'{REST} {seconds[REST]:.1f}'])}"
