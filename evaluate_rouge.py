@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from demo.facts import guess_summaries, read_facts, score_facts
 from utils.data.rows import group_by_dialogue, load_rows
 from utils.files import hash_value
@@ -27,9 +29,9 @@ from utils.launch.output_dir import check_output_dir
 from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
 from utils.prompting import build_prompt
-from utils.scoring.predictions import load_predictions
+from utils.scoring.predictions import hash_predictions, load_predictions
 from utils.scoring.report import show_report
-from utils.scoring.results import write_results
+from utils.scoring.results import is_finished, write_results
 
 
 def main(config: EvaluationConfig):
@@ -40,38 +42,44 @@ def main(config: EvaluationConfig):
         return
     check_output_dir(config)
     rows = load_rows(config, config.split)
+    accelerator = start_evaluation()
+    config = choose_dtype(accelerator, config)
+    with lock_output_dir(accelerator, config):
+        if not is_finished(accelerator, config, rows):
+            evaluate(accelerator, config, rows)
+        if accelerator.is_main_process:
+            show_report(config)
+            remove_batches(Path(config.output_dir))
+        accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
+
+
+def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict[str, str]]):
+    """Make or read the texts, score them, and write predictions.jsonl and results.json."""
     dialogues = group_by_dialogue(rows[: config.max_eval_samples])
     example = {"split": config.split, "index": min(config.example_index, len(rows) - 1)}
     example |= rows[example["index"]]
     facts = read_facts(config, dialogues) if config.demo else []
-    accelerator = start_evaluation()
-    config = choose_dtype(accelerator, config)
-
-    with lock_output_dir(accelerator, config):
-        # Of each model, by dialogue: `summaries[name][dialogue]`.
-        if config.predictions_file:
-            summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
-        else:
-            texts = [dialogue["dialogue"] for dialogue in dialogues]
-            summaries = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
-        example["texts"] = {
-            name: by_dialogue[example["dialogue"]].text if example["dialogue"] in by_dialogue else "(not scored)"
-            for name, by_dialogue in summaries.items()
-        }
-        if config.demo:
-            # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
-            summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
-
-        if accelerator.is_main_process:
-            results = {"example": example, "data_fingerprint": hash_value(rows)}
-            results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
-            if facts:
-                results["facts"] = score_facts(summaries, dialogues, facts)
-            mark_unfinished(Path(config.output_dir))
-            write_results(config, dialogues, summaries, results)
-            show_report(config)
-            remove_batches(Path(config.output_dir))
-        accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
+    # Of each model, by dialogue: `summaries[name][dialogue]`.
+    if config.predictions_file:
+        summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
+        hashes = hash_predictions(config)
+    else:
+        texts = [dialogue["dialogue"] for dialogue in dialogues]
+        summaries, hashes = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
+    example["texts"] = {
+        name: by_dialogue[example["dialogue"]].text if example["dialogue"] in by_dialogue else "(not scored)"
+        for name, by_dialogue in summaries.items()
+    }
+    if config.demo:
+        # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
+        summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
+    if accelerator.is_main_process:
+        results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes}
+        results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
+        if facts:
+            results["facts"] = score_facts(summaries, dialogues, facts)
+        mark_unfinished(Path(config.output_dir))
+        write_results(config, dialogues, summaries, results)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(config: TrainingConfig):
     start_run(accelerator, config, checkpointer.folder, run)
     train(accelerator, model, tokenizer, optimizer, lr_scheduler, train_data, validation_data, config, checkpointer)
     export_model(accelerator, model, tokenizer, config.output_dir)
-    finish_run(accelerator, config)
+    finish_run(accelerator, config, checkpointer.run)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(config: LoraTrainingConfig):
         # The merge loads base and adapter anew: the trained ones need not be in memory beside them.
         model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
         merge_adapter(accelerator, tokenizer, train_data, config)
-    finish_run(accelerator, config)
+    finish_run(accelerator, config, checkpointer.run)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(model_path: str, folder: str):
             max_new_tokens=12, per_device_eval_batch_size=3, dtype="fp32", output_dir=f"{folder}/{mode}", **settings
         )
         model, tokenizer = load_model(model_path, "sdpa", torch.float32), load_tokenizer(model_path)
-        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "model", {})
+        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "model", {}, "")
         results[mode] = [summaries[dialogue] for dialogue in dialogues]
     if accelerator.is_main_process:
         (Path(folder) / "results.json").write_text(json.dumps(results))

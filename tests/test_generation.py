@@ -24,7 +24,7 @@ import utils.scoring.report
 from utils.config import EvaluationConfig, UserError
 from utils.data.micro_batches import deal
 from utils.generation.decoding import cached_bytes_per_token, decode_batch
-from utils.generation.partial_texts import Summary, append_batch, read_batches, remove_batches
+from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches, remove_batches
 from utils.generation.summaries import DTYPES, cut_batches, estimate_cost, generate_summaries
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.prompting import build_prompt
@@ -41,7 +41,7 @@ def generate(folder: Path, dialogues: list[str], **settings):
     model, tokenizer = load_model(str(folder), "sdpa", torch.float32), load_tokenizer(str(folder))
     with tempfile.TemporaryDirectory() as output_dir:
         config = EvaluationConfig(**({"max_new_tokens": 12, "output_dir": output_dir, "dtype": "fp32"} | settings))
-        summaries = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", {})
+        summaries = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", {}, "")
         return [summaries[dialogue] for dialogue in dialogues]
 
 
@@ -311,7 +311,9 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
     elif change == "max_new_tokens":
         settings["max_new_tokens"] = 13
     config = EvaluationConfig(**({"max_new_tokens": 12, "dtype": "fp32"} | settings))
-    texts = generate_summaries(Accelerator(), model, tokenizer, dialogues, config, "model", kept)
+    texts = generate_summaries(
+        Accelerator(), model, tokenizer, dialogues, config, "model", kept, hash_model(model, tokenizer)
+    )
     num_kept = sum(summary.text == "kept" for summary in texts.values())
     assert num_kept == {"nothing": 3, "dialogue": 2}.get(change, 0)
 

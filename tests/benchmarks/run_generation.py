@@ -55,7 +55,7 @@ def prepare_ours(path, model, tokenizer, dialogues, num_beams):
     accelerator = Accelerator()
 
     def summarize():
-        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "ours", {})
+        summaries = generate_summaries(accelerator, model, tokenizer, dialogues, config, "ours", {}, "")
         return [summaries[dialogue].text for dialogue in dialogues]
 
     return summarize

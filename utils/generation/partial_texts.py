@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.data.tokens import describe_tokenizer
 from utils.files import append_line, hash_value, hash_weights, make_folder
 from utils.launch.output_dir import PARTIAL_TEXTS
 
@@ -63,10 +64,11 @@ def remove_batches(folder: Path):
         path.unlink()
 
 
-def hash_model(model: PreTrainedModel) -> str:
-    """Of the model's settings, but for where it came from, and of its weights."""
+def hash_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the model's settings, but for where it came from, of its weights and of its tokenizer."""
     settings = model.config.to_dict() | {"generation": model.generation_config.to_dict()}
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
         settings["generation"].pop(name, None)
-    return hash_value([json.dumps(settings, sort_keys=True, default=str), hash_weights(model.state_dict().items())])
+    described = json.dumps(settings, sort_keys=True, default=str)
+    return hash_value([described, hash_weights(model.state_dict().items()), describe_tokenizer(tokenizer)])

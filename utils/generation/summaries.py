@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version as find_version
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import EvaluationConfig
 from utils.data.micro_batches import deal, micro_batch_cost
-from utils.data.tokens import describe_tokenizer, tokenize_prompts
+from utils.data.tokens import tokenize_prompts
 from utils.files import hash_value
 from utils.generation.decoding import count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
@@ -41,21 +41,29 @@ def choose_dtype(accelerator: Accelerator, config: EvaluationConfig) -> Evaluati
 
 def summarize_with_models(
     accelerator: Accelerator, texts: list[str], config: EvaluationConfig
-) -> dict[str, dict[str, Summary]]:
-    """`summaries[model][text]` of each of `texts`; one model after the other is in memory."""
+) -> tuple[dict[str, dict[str, Summary]], dict[str, str]]:
+    """(`summaries[model][text]` of each of `texts`, `hashes[model]`)."""
+    kept = read_batches(accelerator, Path(config.output_dir))
+    summaries, hashes = {}, {}
+    for name, model, tokenizer, model_hash in load_models(config):
+        summaries[name] = generate_summaries(accelerator, model, tokenizer, texts, config, name, kept, model_hash)
+        hashes[name] = model_hash
+        del model  # before the next one is loaded
+    return summaries, hashes
+
+
+def load_models(config: EvaluationConfig) -> Iterator[tuple[str, PreTrainedModel, PreTrainedTokenizerBase, str]]:
+    """(name, model, tokenizer, hash of both) of each of --models, one after the other."""
     models = dict(model.split("=", maxsplit=1) for model in config.models)
     for name, path in models.items():
         script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
         flags = " --demo" if config.demo else ""
         check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
     tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
-    kept = read_batches(accelerator, Path(config.output_dir))
-    summaries = {}
     for name, path in models.items():
         model = load_model(path, config.attn_implementation, torch.float32, f"models {name}")
-        summaries[name] = generate_summaries(accelerator, model, tokenizers[name], texts, config, name, kept)
+        yield name, model, tokenizers[name], hash_model(model, tokenizers[name])
         del model  # before the next one is loaded
-    return summaries
 
 
 def generate_summaries(
@@ -66,6 +74,7 @@ def generate_summaries(
     config: EvaluationConfig,
     name: str,
     kept: dict[str, list[Summary]],
+    model_hash: str,
 ) -> dict[str, Summary]:
     """The summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
     check_sizes(model, tokenizer, config)
@@ -78,8 +87,7 @@ def generate_summaries(
         )
     settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}
     versions = [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")]
-    model_identity = [hash_model(model), describe_tokenizer(tokenizer)]
-    origin = hash_value([*model_identity, settings, versions, accelerator.device.type])
+    origin = hash_value([model_hash, settings, versions, accelerator.device.type])
     model = model.to(accelerator.device, DTYPES[config.dtype]).eval()
     token_limits = gather_object([count_cached_tokens(model, config)])
     token_limit = None if None in token_limits else min(token_limits)

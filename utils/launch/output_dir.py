@@ -1,5 +1,6 @@
 """A run's folder: what earlier runs have left in it, whether this one may write to it, and what it replaces."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -10,20 +11,25 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from utils.config import UserError
-from utils.files import make_folder
+from utils.config import TrainingConfig, UserError
+from utils.files import describe_file, make_folder
 
 logger = logging.getLogger(__name__)
 PARTIAL_TEXTS = "predictions.partial-*.jsonl"  # there until an evaluation has written all else
 MERGED_FROM = "merged_from.json"
-RUN_FILES = (
-    "metrics.jsonl", "run_manifest.json", "loss_curve.png",
+MODEL_FILES = (
     "config.json", "generation_config.json", "adapter_config.json",
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
-    "predictions.jsonl", "results.json", "report.html", "report.md", MERGED_FROM,
 )  # fmt: skip
+MANIFEST, RESULTS = "run_manifest.json", "results.json"
+RUN_FILES = (
+    "metrics.jsonl", MANIFEST, "loss_curve.png", *MODEL_FILES,
+    "predictions.jsonl", RESULTS, "report.html", "report.md", MERGED_FROM,
+)  # fmt: skip
+# Settings that say nothing of what a run leaves.
+OF_A_START = ("overwrite_output_dir", "resume_from_checkpoint", "max_time", "preflight", "report_only")
 UNFINISHED = ".unfinished"  # the end of a folder's name, until it is whole or gone
 ASIDE = f"replaced{UNFINISHED}"
 UNCHECKED = "export.unchecked"
@@ -52,7 +58,7 @@ def check_output_dir(config: Any):
             read = Path(name.rpartition("=")[2] if setting == "predictions_file" else name).resolve()
             if any(path.resolve() in (read, *read.parents) for path in held):
                 raise UserError(f"--{setting} {name} lies in what --output_dir {folder} replaces: take another folder")
-    if held and not config.overwrite_output_dir and not is_resumed(config, held):
+    if held and not (config.overwrite_output_dir or is_resumed(config, held) or read_finished(config)):
         ways = "take another, or --overwrite_output_dir"
         if hasattr(config, "resume_from_checkpoint") and find_checkpoints(folder):
             ways = f"resume with --resume_from_checkpoint latest, {ways}"
@@ -86,12 +92,13 @@ def check_merge_dir(config: Any):
 
 
 def is_own_merge(config: Any) -> bool:
-    """Whether what --merge_into holds was merged by the run that is resumed, which will merge again."""
+    """Whether what --merge_into holds was merged by the run that output_dir holds, which may merge again."""
     try:
         record = json.loads((Path(config.merge_into) / MERGED_FROM).read_bytes())
     except (OSError, ValueError):
         return False
-    return config.resume_from_checkpoint is not None and record == describe_merge(config)
+    is_repeated = config.resume_from_checkpoint is not None or read_finished(config) is not None
+    return is_repeated and record == describe_merge(config)
 
 
 def describe_merge(config: Any) -> dict[str, str]:
@@ -133,6 +140,32 @@ def is_resumed(config: Any, held: list[Path]) -> bool:
 
 def is_in(checkpoint: Path, output_dir: str) -> bool:
     return checkpoint.absolute().parent.parent.resolve() == Path(output_dir).resolve()  # itself it may be a link
+
+
+def read_finished(config: Any) -> dict[str, Any] | None:
+    """What the same command, by its settings, left as its record when it finished; None if there is no such record."""
+    is_training = isinstance(config, TrainingConfig)
+    try:
+        record = json.loads((Path(config.output_dir) / (MANIFEST if is_training else RESULTS)).read_bytes())
+        has_finished = "finished" in record if is_training else not any(Path(config.output_dir).glob(PARTIAL_TEXTS))
+        is_same = all(
+            value == "auto" or record["settings"].get(name) == value  # what auto became is in the record
+            for name, value in dataclasses.asdict(config).items()
+            if name not in OF_A_START
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return record if has_finished and is_same else None
+
+
+def describe_models(config: Any) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of the models that a training leaves, by the setting that names their folder."""
+    folders = {setting: getattr(config, setting, None) for setting in ("output_dir", "merge_into")}
+    return {
+        setting: {path.name: describe_file(path) for path in find_run_files(Path(folder), MODEL_FILES)}
+        for setting, folder in folders.items()
+        if folder
+    }
 
 
 def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:

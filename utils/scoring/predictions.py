@@ -5,6 +5,7 @@ from typing import Any
 
 from utils.config import EvaluationConfig, UserError, check_model_name
 from utils.data.rows import check_encodable, read_file
+from utils.files import describe_file
 from utils.generation.partial_texts import Summary
 
 WORDS = {"true": True, "false": False, "": None}
@@ -43,6 +44,11 @@ def load_predictions(
     if problems:
         raise UserError(". ".join(problems))
     return summaries
+
+
+def hash_predictions(config: EvaluationConfig) -> dict[str, str]:
+    """The SHA-256 of each file of --predictions_file."""
+    return {word: describe_file(split_name(word)[1])["sha256"] for word in config.predictions_file}
 
 
 def split_name(word: str) -> tuple[str | None, Path]:

@@ -8,19 +8,60 @@ import re
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
-from utils.config import EvaluationConfig
-from utils.files import describe_file, write_json, write_jsonl
+from utils.config import EvaluationConfig, UserError
+from utils.files import describe_file, hash_value, write_json, write_jsonl
 from utils.generation.partial_texts import Summary
+from utils.generation.summaries import load_models
+from utils.launch.output_dir import RESULTS, read_finished
 from utils.launch.script import describe_software
 from utils.scoring.diagnostics import describe_texts
+from utils.scoring.predictions import hash_predictions
 from utils.scoring.rouge import compare_models, score_texts
 from utils.scoring.tables import describe_differences, pair_comparisons
 
 logger = logging.getLogger(__name__)
 NUM_POINTS = 200  # of a curve in a report; longer ones are thinned
 WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
+
+
+def is_finished(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict[str, str]]) -> bool:
+    """Whether output_dir holds this very evaluation, finished. UserError, on every process, if its settings are the
+    same and data, models or texts are not."""
+    is_done, error = False, None
+    if accelerator.is_main_process and not config.overwrite_output_dir and (before := read_finished(config)):
+        try:
+            check_same(before, config, rows)
+            is_done = True
+            logger.info("%s holds this evaluation, finished; --overwrite_output_dir would redo it", config.output_dir)
+        except UserError as user_error:
+            error = str(user_error)
+    is_done, error = broadcast_object_list([is_done, error])
+    if error:
+        raise UserError(error)
+    return is_done
+
+
+def check_same(before: dict[str, Any], config: EvaluationConfig, rows: list[dict[str, str]]):
+    """UserError if what results.json holds was not made from these rows, models and texts, or lost its texts."""
+    if config.predictions_file:
+        hashes = hash_predictions(config)
+    else:
+        hashes = {name: model_hash for name, *_, model_hash in load_models(config)}
+    predictions = Path(config.output_dir) / "predictions.jsonl"
+    problems = {
+        "the data has changed": before.get("data_fingerprint") != hash_value(rows),
+        "the models or texts have changed": before.get("hashes") != hashes,
+        "predictions.jsonl is not what was written": not predictions.is_file()
+        or describe_file(predictions)["sha256"] != before.get("predictions_sha256"),
+    }
+    if wrong := "; ".join(problem for problem, is_so in problems.items() if is_so):
+        raise UserError(
+            f"--output_dir {config.output_dir} holds a finished evaluation of the same settings: {wrong}; take "
+            "another folder, or --overwrite_output_dir"
+        )
 
 
 def write_results(
@@ -68,7 +109,7 @@ def write_results(
     write_jsonl(Path(config.output_dir) / "predictions.jsonl", lines)
     # A kill in between leaves texts and scores that are not of each other, as a report will notice.
     results["predictions_sha256"] = describe_file(Path(config.output_dir) / "predictions.jsonl")["sha256"]
-    write_json(Path(config.output_dir) / "results.json", results)
+    write_json(Path(config.output_dir) / RESULTS, results)
 
 
 def describe_line(name: str, dialogue: dict, summary: Summary, scores: dict[str, list[float]]) -> dict[str, Any]:

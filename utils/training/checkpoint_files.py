@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from utils.config import TrainingConfig, UserError
 from utils.files import describe_file, flush_to_disk, hash_value, hash_weights, raise_disk_errors
-from utils.launch.output_dir import UNFINISHED, find_checkpoints, step_of
+from utils.launch.output_dir import UNFINISHED, describe_models, find_checkpoints, read_finished, step_of
 from utils.modeling.sharding import gather_tensor
 
 logger = logging.getLogger(__name__)
@@ -152,15 +152,37 @@ def choose_checkpoint(
             continue
         for text in damage:
             logger.warning("%s: resuming from %s", text, folder.name)
-        differences = [
-            f"{name} was {there} and is {here}"
-            for name in dict.fromkeys([*run, *state["run"]])
-            if name not in unknown and (here := run.get(name)) != (there := state["run"].get(name))
-        ]
-        if differences:
-            raise UserError(f"--resume_from_checkpoint {folder}: it is of another run: {'; '.join(differences)}")
+        if differences := describe_differences(state["run"], run, unknown):
+            raise UserError(f"--resume_from_checkpoint {folder}: it is of another run: {differences}")
         return folder, state
     raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
+
+
+def describe_differences(before: dict[str, Any], now: dict[str, Any], unknown: tuple[str, ...] = ()) -> str:
+    """Between two runs, in anything that is not `unknown` yet; empty if they are the same."""
+    return "; ".join(
+        f"{name} was {there} and is {here}"
+        for name in dict.fromkeys([*now, *before])
+        if name not in unknown and (here := now.get(name)) != (there := before.get(name))
+    )
+
+
+def is_finished(config: TrainingConfig, run: dict[str, Any], unknown: tuple[str, ...] = ()) -> bool:
+    """Whether output_dir holds this very run, finished, with every bit of its models. UserError if it holds another
+    run of the same settings, or this one damaged, unless it is to be resumed or overwritten."""
+    record = read_finished(config)
+    if record is None or config.overwrite_output_dir or config.resume_from_checkpoint not in (None, "latest"):
+        return False
+    finished = record["finished"]
+    problem = describe_differences(finished["run"], run, unknown)
+    if not problem and describe_models(config) != finished["models"]:
+        problem = "its model is not what was written; --resume_from_checkpoint latest exports it again"
+    if problem and config.resume_from_checkpoint is None:
+        raise UserError(
+            f"--output_dir {config.output_dir} holds a finished run of the same settings: {problem}; take another "
+            "folder, or --overwrite_output_dir"
+        )
+    return not problem
 
 
 def find_best(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:

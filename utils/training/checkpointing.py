@@ -33,6 +33,7 @@ from utils.training.checkpoint_files import (
     find_best,
     fingerprint_model,
     identity_settings,
+    is_finished,
     remove_checkpoint,
 )
 from utils.training.tracking import Interval, finish_trackers
@@ -44,7 +45,8 @@ class Checkpointer:
     """Saves and restores one run. Every process has one; only the main one writes."""
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]):
-        """Find the checkpoint to resume from, on all processes alike: `folder` is None for a new run.
+        """Find the checkpoint to resume from, on all processes alike: `folder` is None for a new run. SystemExit if
+        output_dir holds this run, finished.
 
         Args:
             model: with the weights that training starts from.
@@ -53,23 +55,28 @@ class Checkpointer:
         self.accelerator, self.config = accelerator, config
         self.output_dir, self.checkpoints_dir = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
         self.run = run = {**identity_settings(config), "model_fingerprint": fingerprint_model(model), **run}
-        self.folder, self.state, error = None, None, None
+        self.folder, self.state, is_done, error = None, None, False, None
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
         self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
         locks = lock_output_dir(accelerator, config)
         weakref.finalize(self, locks.close)
         if accelerator.is_main_process:
             try:
-                if config.resume_from_checkpoint:
+                is_done = is_finished(config, run)
+                if config.resume_from_checkpoint and not is_done:
                     self.folder, self.state = choose_checkpoint(config, run) or (None, None)
                 if self.folder:
                     self.best_folder, self.best = find_best(self.folder.parent)
             except UserError as user_error:
                 error = str(user_error)
-        found = [self.folder, self.state, self.best_folder, self.best, error]
-        self.folder, self.state, self.best_folder, self.best, error = broadcast_object_list(found)
+        found = [self.folder, self.state, self.best_folder, self.best, is_done, error]
+        self.folder, self.state, self.best_folder, self.best, is_done, error = broadcast_object_list(found)
         if error:
             raise UserError(error)
+        if is_done:
+            if accelerator.is_main_process:
+                logger.info("%s holds this run, finished; --overwrite_output_dir would train again", self.output_dir)
+            sys.exit()
         self.last_step = self.state["step"] if self.state else 0
         is_here = self.folder and self.folder.parent.resolve() == self.checkpoints_dir.resolve()
         self.last_saved = self.last_step if is_here else 0  # into output_dir

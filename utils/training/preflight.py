@@ -26,7 +26,7 @@ from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand
 from utils.modeling.strategies import name_strategy
 from utils.training.batch_size import estimate_batch_size
-from utils.training.checkpoint_files import choose_checkpoint, identity_settings
+from utils.training.checkpoint_files import choose_checkpoint, identity_settings, is_finished
 from utils.training.memory_estimate import MicroBatch, count_bytes, estimate_memory
 
 NUM_STEPS_PLANNED = 50
@@ -123,6 +123,8 @@ def describe_start(
 
 def describe_output_dir(config: TrainingConfig, run: dict[str, Any]) -> str:
     """UserError for a checkpoint that is damaged or of another run, but for the weights that it started from."""
+    if is_finished(config, identity_settings(config) | run, unknown=("model_fingerprint",)):
+        return "holds this run, finished: the same command would do nothing"
     if config.resume_from_checkpoint:
         found = choose_checkpoint(config, identity_settings(config) | run, unknown=("model_fingerprint",))
         if found:

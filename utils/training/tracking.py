@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
 from utils.files import append_line, hash_value, write_file, write_json
-from utils.launch.output_dir import clear_output_dir, is_in
+from utils.launch.output_dir import MANIFEST, clear_output_dir, describe_models, is_in
 from utils.launch.script import describe_software
 from utils.launch.times import describe_times
 from utils.modeling.loading import count_flops_per_token, count_parameters
@@ -131,7 +131,7 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
             **run, "num_processes": accelerator.num_processes, "strategy": name_strategy(accelerator),
             "device": accelerator.device.type, "settings": settings, **describe_software(),
         }  # fmt: skip
-        write_json(Path(config.output_dir) / "run_manifest.json", manifest)
+        write_json(Path(config.output_dir) / MANIFEST, manifest)
         logger.info(", ".join(f"{name} {value:,}" for name, value in run.items() if isinstance(value, int)))
         if run["num_train_steps"] < FEW_STEPS and config.max_train_steps is None:
             text = "only %d updates; more with --num_train_epochs, or a lower --total_train_batch_size"
@@ -161,10 +161,18 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
 
-def finish_run(accelerator: Accelerator, config: TrainingConfig):
-    """Plot the losses, and let no process end before the main one, since the launcher would then end all."""
+def finish_run(accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
+    """Plot the losses, and note in run_manifest.json that this is finished, by which the same command repeated knows
+    it. No process may end before the main one, since the launcher would then end all.
+
+    Args:
+        run: the identity that checkpoints have.
+    """
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)
+        path = Path(config.output_dir) / MANIFEST
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, manifest | {"finished": {"run": run, "models": describe_models(config)}})
         logger.info(describe_times())
     accelerator.wait_for_everyone()
 
