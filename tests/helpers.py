@@ -115,6 +115,12 @@ def estimate_and_measure_peak(strategy: str, command: list, folder: Path, timeou
     return estimate, float((folder / "peak_0.txt").read_text())
 
 
+def read_record(output_dir: Path) -> list[tuple]:
+    """What metrics.jsonl says, but for times."""
+    lines = read_jsonl(output_dir / "metrics.jsonl")
+    return [(line["step"], line["split"], line["loss"], line.get("grad_norm")) for line in lines]
+
+
 def compute_logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = make_rows(3, seed=9)

@@ -47,7 +47,8 @@ def test_damaged_tokens_are_made_anew(flan_t5, tmp_path, monkeypatch, damage):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     config, tokenizer = TrainingConfig(), load_tokenizer(str(flan_t5))
     expected = tokenize_rows(Accelerator(), make_rows(30), tokenizer, config, "train").to_list()
-    (file,) = (tmp_path / "dialogue_tokens").glob("*.arrow")
+    (file,) = (tmp_path / "dialogue_tokens").glob("*/tokens.arrow")
+    (file.parent / "tmpabc").touch()  # as datasets leaves it when it is killed
     content = file.read_bytes()
     if damage == "truncated":
         file.write_bytes(content[: len(content) // 2])
@@ -59,6 +60,7 @@ def test_damaged_tokens_are_made_anew(flan_t5, tmp_path, monkeypatch, damage):
         file.with_suffix(".json").unlink()
     assert tokenize_rows(Accelerator(), make_rows(30), tokenizer, config, "train").to_list() == expected
     assert file.read_bytes() == content
+    assert {path.name for path in file.parent.iterdir()} == {"tokens.arrow", "tokens.json"}
 
 
 def test_a_full_cache_is_named(flan_t5, small_disk, monkeypatch):

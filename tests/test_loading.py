@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from helpers import build_t5_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
-from utils.config import LoraTrainingConfig
+from utils.config import LoraTrainingConfig, UserError
 from utils.files import raise_disk_errors
 from utils.modeling.export import compare_with_folder, export_model, save_tokenizer
 from utils.modeling.loading import check_head, count_parameters, load_model, load_tokenizer
@@ -37,6 +39,38 @@ def test_lora_settings_reach_the_adapter(flan_t5):
     query = model.base_model.model.encoder.block[0].layer[0].SelfAttention.q
     assert query.lora_A["default"].weight.shape[0] == 3
     assert query.scaling["default"] == 2 and query.lora_dropout["default"].p == 0.25
+
+
+@pytest.mark.parametrize("name", ["target_modules", "rank_pattern"])
+def test_a_regular_expression_without_end_is_stopped(flan_t5, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("utils.modeling.loading.SECONDS_FOR_PATTERNS", 1)
+    model = add_lora(load_model(str(flan_t5), "sdpa", torch.float32), LoraTrainingConfig())
+    model.save_pretrained(tmp_path)
+    path, pattern = tmp_path / "adapter_config.json", "(([a-z0-9._A-Z])+)+!"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {name: pattern if name == "target_modules" else {pattern: 8}}))
+    with pytest.raises(UserError) as error:
+        load_model(str(tmp_path), "sdpa", torch.float32)
+    text = f"{tmp_path}: adapter_config.json: the regular expression {pattern!r}: does not end within 1 s"
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_pickle_runs_no_code(flan_t5, tmp_path, kind):
+    class Touch:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    folder = shutil.copytree(flan_t5, tmp_path / "model")
+    if kind == "adapter":
+        add_lora(load_model(str(flan_t5), "sdpa", torch.float32), LoraTrainingConfig()).save_pretrained(folder)
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": Touch()}, folder / f"{'pytorch' if kind == 'model' else 'adapter'}_model.bin")
+    with pytest.raises(UserError, match="its weights are a pickle that holds more than weights, which is not loaded"):
+        load_model(str(folder), "sdpa", torch.float32)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_export_keeps_the_head_apart(flan_t5, tmp_path):

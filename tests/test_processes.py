@@ -32,6 +32,17 @@ def test_a_mistake_of_one_process_is_told_once(flan_t5, data_files, tmp_path, wr
     assert lines == [f"train_full.py: error: {process}{tmp_path}/none.csv: no such file"]
 
 
+def test_a_process_whose_others_never_come_gives_up():
+    code = "from utils.launch import processes as p; p.MINUTES_TO_MEET = 0.05; p.start_processes()"
+    started = time.monotonic()
+    others = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    run = run_command(sys.executable, "-c", code, ACCELERATE_USE_CPU="true", **others)
+    assert run.returncode == 2
+    text = "error: process 1 of 2: the others have not all come to 127.0.0.1:9 within 0.05 minutes"
+    assert run.stderr.splitlines()[-1] == text
+    assert time.monotonic() - started < 120  # the imports, beside other tests
+
+
 # While the libraries are imported; while texts are generated.
 @pytest.mark.parametrize("early", [True, False])
 def test_no_process_outlives_a_launcher_that_is_killed(flan_t5, tmp_path, early):

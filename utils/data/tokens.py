@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,21 @@ def tokenize_rows(
 
     limits = [config.max_source_length, config.max_target_length]
     content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), *limits])
-    cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / f"{content}.arrow"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / content
+    cache_file = folder / "tokens.arrow"
 
     def read_or_make() -> datasets.Dataset:
         return datasets.Dataset.from_list(rows).map(
             tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split
         )
 
-    with accelerator.main_process_first(), explain_cache_errors(cache_file.parent):
+    with accelerator.main_process_first(), explain_cache_errors(folder.parent):
         if not is_whole(cache_file):  # one that is may be in a cache that can only be read
-            make_folder(cache_file.parent)
-            with FileLock(f"{cache_file}.lock"):
+            make_folder(folder.parent)
+            with FileLock(f"{folder}.lock"):
                 if not is_whole(cache_file):
-                    cache_file.unlink(missing_ok=True)
+                    shutil.rmtree(folder, ignore_errors=True)  # damaged, or what a kill left
+                    make_folder(folder)
                     read_or_make()
                     write_json(cache_file.with_suffix(".json"), describe_file(cache_file))
         tokens = read_or_make()

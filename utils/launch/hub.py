@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import datasets
 from huggingface_hub import constants
@@ -15,7 +16,8 @@ from utils.config import UserError
 logger = logging.getLogger(__name__)
 # What transformers, PEFT, safetensors and datasets raise for files that are missing, broken or of another shape.
 LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, datasets.exceptions.DatasetsError
+    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError,
+    datasets.exceptions.DatasetsError,
 )  # fmt: skip
 
 
@@ -38,6 +40,8 @@ def _explain(error: Exception, name: str, kind: str) -> str:
     message = " ".join(str(error).split())
     if "trust_remote_code" in message:
         return f"this {kind} needs Python code of its own, and these scripts never run a {kind}'s code"
+    if isinstance(error, UnpicklingError):
+        return "its weights are a pickle that holds more than weights, which is not loaded; take safetensors"
     if Path(name).exists():
         return f"cannot be loaded as a {kind}: {message}"
     if kind == "model":

@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import signal
+import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -13,6 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from utils.config import UserError
 
 logger = logging.getLogger(__name__)
+MINUTES_TO_MEET = 10
 FOR_TRAINING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
                 "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_DYNAMO_BACKEND",
                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # fmt: skip
@@ -58,11 +61,17 @@ def start_processes(**settings: object) -> Accelerator:
             settings["cpu"] = True
     deepspeed_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if asked == "DEEPSPEED" else None
     refusals = (ValueError, ImportError, OSError, *((AttributeError, TypeError) if deepspeed_file else ()))
+    # The process group waits as long for a process that never comes as for one that writes a model.
+    watch = threading.Timer(60 * MINUTES_TO_MEET, give_up)
+    watch.daemon = True
+    watch.start()
     try:
         accelerator = Accelerator(**settings)
     except refusals as error:
         where = f"--deepspeed_config_file {deepspeed_file}" if deepspeed_file else "the launcher's settings"
         raise UserError(f"{where}: {error}") from error
+    finally:
+        watch.cancel()
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != num_processes:
         raise UserError(
@@ -74,6 +83,17 @@ def start_processes(**settings: object) -> Accelerator:
         instead = "unset ACCELERATE_USE_CPU" if asked == "DEEPSPEED" else "it needs GPUs"
         raise UserError(f"ACCELERATE_USE_{asked} is set, but what runs is {strategy}: {instead}")
     return accelerator
+
+
+def give_up():
+    here = [os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    sys.stderr.write(
+        "error: process {} of {}: the others have not all come to {}:{} within {} minutes\n".format(
+            *here, MINUTES_TO_MEET
+        )
+    )
+    sys.stderr.flush()
+    os._exit(2)  # the main thread is waiting in PyTorch
 
 
 def asks_for(strategy: str) -> bool:

@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import re
+import signal
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -28,6 +30,7 @@ from utils.modeling.shapes import load_shapes
 from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
 logger = logging.getLogger(__name__)
+SECONDS_FOR_PATTERNS = 5
 TOKENIZER_FILES = ("tokenizer*", "spiece.model")
 
 
@@ -60,13 +63,15 @@ def load_model(
         name_or_path = str(Path(name_or_path).resolve())  # an adapter remembers it, wherever it is used from
     with explain_hub_errors(setting, name_or_path, "model"):
         if (Path(name_or_path) / "adapter_config.json").is_file():
-            base_name = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+            adapter_config = PeftConfig.from_pretrained(name_or_path)
+            base_name = adapter_config.base_model_name_or_path
             if not base_name:
                 raise UserError(f"--{setting} {name_or_path}: adapter_config.json names no base")
             base_setting = f"{setting} {name_or_path}, its base"
             base = load_model(base_name, attn_implementation, dtype, base_setting, without_weights=without_weights)
             if without_weights:  # with the adapter merged into it, its shape is the same
                 return base
+            check_patterns(adapter_config, base, f"--{setting} {name_or_path}")
             adapted = PeftModel.from_pretrained(base, name_or_path)
             check_adapter(adapted, Path(name_or_path) / "adapter_model.safetensors", setting)
             return adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
@@ -88,6 +93,31 @@ def load_model(
             untie_head(model, name_or_path, setting)
     share_embedding_module(model)
     return keep_untied_head(model)
+
+
+def check_patterns(adapter_config: PeftConfig, base: PreTrainedModel, where: str):
+    """UserError if a regular expression of the adapter's cannot be read, or takes ever longer: the folder may be
+    anybody's."""
+    values = [getattr(adapter_config, name, None) for name in ("target_modules", "exclude_modules")]
+    patterns = [value for value in values if isinstance(value, str)]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns += getattr(adapter_config, name, None) or {}
+
+    def stop(number: int, frame: FrameType | None):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS_FOR_PATTERNS)
+    try:
+        for pattern in patterns:
+            for name, _ in base.named_modules():
+                re.fullmatch(rf"(.*\.)?({pattern})", name)
+    except (re.error, TimeoutError) as error:
+        what = error if isinstance(error, re.error) else f"does not end within {SECONDS_FOR_PATTERNS} s"
+        raise UserError(f"{where}: adapter_config.json: the regular expression {pattern!r}: {what}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_adapter(model: PeftModel, path: Path, setting: str):
