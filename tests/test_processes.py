@@ -10,6 +10,8 @@ import psutil
 import pytest
 from conftest import REPOSITORY, make_rows, run_command, start_warm_server, write_rows
 
+from utils.launch.script import report_mistake
+
 pytestmark = pytest.mark.slow
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
@@ -30,6 +32,21 @@ def test_a_mistake_of_one_process_is_told_once(flan_t5, data_files, tmp_path, wr
     lines = [line for line in run.stderr.splitlines() if "error: " in line]
     process = "process 1: " if wrong_on == "1" else ""
     assert lines == [f"train_full.py: error: {process}{tmp_path}/none.csv: no such file"]
+
+
+def test_an_error_of_another_process_starts_on_a_line_of_its_own(monkeypatch):
+    """And not behind the main process's progress bar."""
+    terminal, inside = os.openpty()
+    with os.fdopen(inside, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setattr("sys.argv", ["train_full.py"])
+        monkeypatch.setenv("RANK", "2")
+        stream.write(" 10%|#")
+        report_mistake("no such file")
+        stream.flush()
+        lines = os.read(terminal, 1000).decode().splitlines()
+    os.close(terminal)
+    assert lines == [" 10%|#", "train_full.py: error: process 2: no such file"]
 
 
 def test_a_process_whose_others_never_come_gives_up():

@@ -83,7 +83,9 @@ def report_mistake(text: str) -> int:
         time.sleep(SECONDS_FOR_LAUNCHER)
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {process}{' '.join(text.split())}\n")
+    behind_a_bar = rank != "0" and sys.stderr.isatty()  # the main process's, which is still there
+    line = f"{Path(sys.argv[0]).name}: error: {process}{' '.join(text.split())}\n"
+    sys.stderr.write("\n" * behind_a_bar + line)
     return 2
 
 
