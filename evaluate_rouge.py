@@ -28,9 +28,8 @@ from utils.launch.locks import lock_folder, lock_output_dir
 from utils.launch.output_dir import check_output_dir
 from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
-from utils.prompting import build_prompt
 from utils.scoring.predictions import hash_predictions, load_predictions
-from utils.scoring.report import show_report
+from utils.scoring.report import add_to_cards, show_report
 from utils.scoring.results import is_finished, write_results
 
 
@@ -38,7 +37,7 @@ def main(config: EvaluationConfig):
     if config.report_only:
         if start_evaluation().is_main_process:
             with lock_folder(Path(config.output_dir), "output_dir"):
-                show_report(config)
+                report(config)
         return
     check_output_dir(config)
     rows = load_rows(config, config.split)
@@ -48,7 +47,7 @@ def main(config: EvaluationConfig):
         if not is_finished(accelerator, config, rows):
             evaluate(accelerator, config, rows)
         if accelerator.is_main_process:
-            show_report(config)
+            report(config)
             remove_batches(Path(config.output_dir))
         accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 
@@ -75,11 +74,16 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
         summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
     if accelerator.is_main_process:
         results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes}
-        results["prompt"] = None if config.predictions_file else build_prompt("{dialogue}")
         if facts:
             results["facts"] = score_facts(summaries, dialogues, facts)
         mark_unfinished(Path(config.output_dir))
         write_results(config, dialogues, summaries, results)
+
+
+def report(config: EvaluationConfig):
+    show_report(config)
+    if config.add_to_card:
+        add_to_cards(config)
 
 
 if __name__ == "__main__":

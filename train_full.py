@@ -19,7 +19,7 @@ from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
-from utils.modeling.export import export_model
+from utils.modeling.export import export_model, set_generation_config
 from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_model, load_tokenizer
 from utils.modeling.strategies import start_accelerator
@@ -44,6 +44,7 @@ def main(config: TrainingConfig):
     )
     check_sizes(model, tokenizer, config)
     fuse(model)
+    set_generation_config(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

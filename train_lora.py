@@ -17,7 +17,7 @@ from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
-from utils.modeling.export import export_model
+from utils.modeling.export import export_model, set_generation_config
 from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_tokenizer
 from utils.modeling.lora import add_lora, load_frozen_base, merge_adapter
@@ -40,6 +40,7 @@ def main(config: LoraTrainingConfig):
     model = add_lora(load_frozen_base(accelerator, config), config)
     check_sizes(model, tokenizer, config)
     fuse(model)
+    set_generation_config(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
 

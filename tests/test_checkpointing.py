@@ -519,10 +519,9 @@ def test_a_new_setting_counts(paths, stopped, monkeypatch):
         resume("full", paths, stopped["full"], label_smoothing=0.1)
 
 
-def test_another_prompt(paths, stopped, monkeypatch):
-    monkeypatch.setattr("utils.prompting.PROMPT_SUFFIX", "\nTL;DR:")
-    with pytest.raises(UserError, match="(?s)prompt was Summarize .* and is .*TL;DR:$"):
-        resume("full", paths, stopped["full"])
+def test_another_prompt(paths, stopped):
+    with pytest.raises(UserError, match="(?s)source_suffix was .*Summary: and is .*TL;DR:$"):
+        resume("full", paths, stopped["full"], source_suffix="\nTL;DR:")
 
 
 def test_another_number_of_steps(paths, stopped):

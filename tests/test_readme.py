@@ -4,15 +4,18 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_rows, start_warm_server, warm_launch, write_rows
+from transformers import GenerationConfig
 
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
 from utils.launch.command_line import parse_config
+from utils.prompting import DEFAULT_PROMPT
 
 RUN_ELSEWHERE = {
     ".ci/run": ["pip install -r requirements-dev.txt && pytest"],
@@ -124,7 +127,7 @@ def test_every_module_is_listed():
 def test_settings_named_in_readme_exist():
     known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
     launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array", "signal"}
-    launcher |= {"num_machines", "machine_rank", "main_process_ip"}
+    launcher |= {"num_machines", "machine_rank", "main_process_ip", "exclude"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", "".join(READMES.values())))
     assert named <= known | launcher
 
@@ -135,8 +138,12 @@ def test_links_lead_somewhere():
             assert (path.parent / target).exists(), f"{path}: {target}"
 
 
-def test_the_python_example(capsys):
+def test_the_python_example(capsys, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", READMES[REPOSITORY / "README.md"], flags=re.DOTALL)
     assert "./flan-t5-base-dialogsum-lora" in code
-    exec(code.replace("./flan-t5-base-dialogsum-lora", str(REPOSITORY / "demo" / "model")), {})
+    shutil.copytree(REPOSITORY / "demo" / "model", tmp_path / "model")
+    GenerationConfig(
+        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, max_new_tokens=128, **DEFAULT_PROMPT._asdict()
+    ).save_pretrained(tmp_path / "model")  # as in what is trained here
+    exec(code.replace("./flan-t5-base-dialogsum-lora", str(tmp_path / "model")), {})
     assert capsys.readouterr().out == "#Person1#: May I borrow your ladder?\n"

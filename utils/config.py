@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.prompting import DEFAULT_PROMPT, Prompt
+
 PARENT = os.getppid()  # read at once: a launcher may end while the libraries are imported
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "validation", "test")
@@ -95,6 +97,8 @@ class OptimizationConfig(Config):
 
     model_name_or_path: str = setting("google/flan-t5-base", "encoder-decoder model: hub name or folder")
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
+    source_prefix: str = setting(DEFAULT_PROMPT.source_prefix, "what the prompt says before the dialogue")
+    source_suffix: str = setting(DEFAULT_PROMPT.source_suffix, "what the prompt says after it; never cut")
     max_train_samples: int | None = setting(None, "train on the first N rows only")
     num_train_epochs: int = setting(1, "passes over the training set")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
@@ -129,6 +133,10 @@ class OptimizationConfig(Config):
             raise UserError("--lr_scheduler_type inverse_sqrt needs a --warmup_ratio above 0, got 0.0")
         if self.mixed_precision == "fp16":
             raise UserError(f"--mixed_precision fp16: {FP16_REFUSAL}")
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(self.source_prefix, self.source_suffix)
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,7 @@ class ScoringConfig(Config):
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
+    add_to_card: bool = setting(False, "put the scores into README.md of each model that was trained here")
     report_only: bool = setting(False, "only write the reports again, from what output_dir holds")
 
     def __post_init__(self):
@@ -240,6 +249,8 @@ class ScoringConfig(Config):
             raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
         if self.max_new_tokens > 100_000:
             raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
+        if self.add_to_card and self.predictions_file:
+            raise UserError("--add_to_card needs models, and --predictions_file names texts")
         names = [model.partition("=")[0] for model in self.models]
         for model, name in zip(self.models, names, strict=True):
             if not name or not model.partition("=")[2]:

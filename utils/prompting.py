@@ -1,11 +1,26 @@
-"""The one place that knows the instruction text, the same in training and in generation."""
+"""The instruction around a dialogue. A run's own travels with its model, in generation_config.json."""
 
-PROMPT_PREFIX = "Summarize the following conversation.\n"
-PROMPT_SUFFIX = "\nSummary:"
+from typing import Any, NamedTuple
 
 
-def build_prompt(dialogue: str) -> str:
-    return f"{PROMPT_PREFIX}{dialogue}{PROMPT_SUFFIX}"
+class Prompt(NamedTuple):
+    """What stands before and after a dialogue, the same in training and in generation."""
+
+    source_prefix: str = "Summarize the following conversation.\n"
+    source_suffix: str = "\nSummary:"
+
+
+DEFAULT_PROMPT = Prompt()
+
+
+def build_prompt(dialogue: str, prompt: Prompt = DEFAULT_PROMPT) -> str:
+    return f"{prompt.source_prefix}{dialogue}{prompt.source_suffix}"
+
+
+def find_prompt(generation_config: Any) -> Prompt:
+    """That of a model's generation config; the default if it has none."""
+    parts = [getattr(generation_config, name, None) for name in Prompt._fields]
+    return Prompt(*parts) if all(isinstance(part, str) for part in parts) else DEFAULT_PROMPT
 
 
 def clean_text(text: str) -> str:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import UserError
 from utils.files import DISK_ERRORS, describe_file, hash_value, make_folder, write_json
 from utils.launch.times import timed
-from utils.prompting import PROMPT_SUFFIX, build_prompt
+from utils.prompting import DEFAULT_PROMPT, Prompt, build_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +31,17 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
-def tokenize_prompts(dialogues: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list, list]:
+def tokenize_prompts(
+    dialogues: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, prompt: Prompt = DEFAULT_PROMPT
+) -> tuple[list, list]:
     """(input_ids, lengths before truncation) of each dialogue's prompt; truncation cuts the dialogue's end, never
     the words after it that ask for the summary."""
-    suffix_ids = tokenizer(PROMPT_SUFFIX).input_ids
+    suffix_ids = tokenizer(prompt.source_suffix).input_ids
     if suffix_ids[0] == tokenizer.bos_token_id:  # BART's, which starts a text
         suffix_ids = suffix_ids[1:]
     if max_length <= len(suffix_ids):
         raise UserError(f"--max_source_length must be over {len(suffix_ids)}, got {max_length}")
-    prompt_ids = tokenizer([build_prompt(dialogue) for dialogue in dialogues]).input_ids
+    prompt_ids = tokenizer([build_prompt(dialogue, prompt) for dialogue in dialogues]).input_ids
     cut = [ids if len(ids) <= max_length else ids[: max_length - len(suffix_ids)] + suffix_ids for ids in prompt_ids]
     return cut, [len(ids) for ids in prompt_ids]
 
@@ -74,7 +76,9 @@ def tokenize_rows(
         return None
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        input_ids, source_lengths = tokenize_prompts(batch["dialogue"], tokenizer, config.max_source_length)
+        input_ids, source_lengths = tokenize_prompts(
+            batch["dialogue"], tokenizer, config.max_source_length, config.prompt
+        )
         full = tokenizer(text_target=batch["summary"]).input_ids
         limit = config.max_target_length
         # By hand, since truncation=True stays set in the tokenizer and would change the cache's key. The end is kept.
@@ -85,7 +89,7 @@ def tokenize_rows(
         }  # fmt: skip
 
     limits = [config.max_source_length, config.max_target_length]
-    content = hash_value([rows, build_prompt("{}"), describe_tokenizer(tokenizer), *limits])
+    content = hash_value([rows, config.prompt, describe_tokenizer(tokenizer), *limits])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / content
     cache_file = folder / "tokens.arrow"
 

@@ -20,6 +20,7 @@ from utils.files import hash_value
 from utils.generation.decoding import count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
 from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
+from utils.prompting import DEFAULT_PROMPT, find_prompt
 
 logger = logging.getLogger(__name__)
 NUM_BATCHES = 16
@@ -79,12 +80,15 @@ def generate_summaries(
     """The summary of each dialogue, on every process; `kept` are the batches that an earlier run has left."""
     check_sizes(model, tokenizer, config)
     distinct = list(dict.fromkeys(dialogues))
-    prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length)
+    prompt = find_prompt(model.generation_config)
+    prompt_ids, lengths = tokenize_prompts(distinct, tokenizer, config.max_source_length, prompt)
     num_cut = sum(length > config.max_source_length for length in lengths)
     if accelerator.is_main_process:
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
+        if prompt != DEFAULT_PROMPT:
+            logger.info("%s: the prompt is the model's own, %r and %r around the dialogue", name, *prompt)
     settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}
     versions = [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")]
     origin = hash_value([model_hash, settings, versions, accelerator.device.type])

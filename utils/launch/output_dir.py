@@ -23,13 +23,15 @@ MODEL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "spiece.model",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
+CARD = "README.md"
+CARD_MARK = "<!-- Written by the training script, and again by a next run unless this line is removed. -->"
 MANIFEST, RESULTS = "run_manifest.json", "results.json"
 RUN_FILES = (
     "metrics.jsonl", MANIFEST, "loss_curve.png", *MODEL_FILES,
-    "predictions.jsonl", RESULTS, "report.html", "report.md", MERGED_FROM,
+    "predictions.jsonl", RESULTS, "report.html", "report.md", MERGED_FROM, CARD,
 )  # fmt: skip
 # Settings that say nothing of what a run leaves.
-OF_A_START = ("overwrite_output_dir", "resume_from_checkpoint", "max_time", "preflight", "report_only")
+OF_A_START = ("overwrite_output_dir", "resume_from_checkpoint", "max_time", "preflight", "report_only", "add_to_card")
 UNFINISHED = ".unfinished"  # the end of a folder's name, until it is whole or gone
 ASIDE = f"replaced{UNFINISHED}"
 UNCHECKED = "export.unchecked"
@@ -171,7 +173,12 @@ def describe_models(config: Any) -> dict[str, dict[str, Any]]:
 def find_run_files(folder: Path, patterns: tuple[str, ...] = (*RUN_FILES, *RUN_FOLDERS)) -> list[Path]:
     """What an earlier run left in the folder; other people's files are not among it."""
     found = [(path, pattern in RUN_FOLDERS) for pattern in patterns for path in folder.glob(pattern)]
-    return [path for path, is_folder in found if path.is_dir() == is_folder]
+    held = [path for path, is_folder in found if path.is_dir() == is_folder]
+    return [path for path in held if path.name != CARD or is_own_card(path)]
+
+
+def is_own_card(path: Path) -> bool:
+    return CARD_MARK in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def clear_output_dir(accelerator: Accelerator, config: Any):

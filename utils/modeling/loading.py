@@ -17,11 +17,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.launch.hub import explain_hub_errors
@@ -74,7 +75,10 @@ def load_model(
             check_patterns(adapter_config, base, f"--{setting} {name_or_path}")
             adapted = PeftModel.from_pretrained(base, name_or_path)
             check_adapter(adapted, Path(name_or_path) / "adapter_model.safetensors", setting)
-            return adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
+            merged = adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
+            if (Path(name_or_path) / GENERATION_CONFIG_NAME).is_file():
+                merged.generation_config = GenerationConfig.from_pretrained(name_or_path)
+            return merged
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")

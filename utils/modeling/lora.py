@@ -14,7 +14,7 @@ from utils.config import LoraTrainingConfig, UserError
 from utils.files import make_folder, write_json
 from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
 from utils.launch.times import timed
-from utils.modeling.export import write_model
+from utils.modeling.export import set_generation_config, write_model
 from utils.modeling.loading import load_model
 from utils.modeling.sharding import without_zero3
 from utils.modeling.strategies import is_sharded
@@ -87,6 +87,7 @@ def merge_adapter(
     if accelerator.is_main_process:
         with without_zero3(accelerator):
             base = load_model(config.model_name_or_path, config.attn_implementation, torch.float32)
+            set_generation_config(base, config)
             model = PeftModel.from_pretrained(base, config.output_dir).eval()
             before = compute_logits(model, data)
             model = model.merge_and_unload()

@@ -1,5 +1,6 @@
 """A finished evaluation for people: the console, report.md and report.html."""
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import Any
 from utils.config import EvaluationConfig, UserError
 from utils.data.rows import parse_json, read_file
 from utils.files import describe_file, write_file
+from utils.launch.locks import lock_folder
+from utils.launch.output_dir import CARD
+from utils.modeling.model_card import add_scores
 from utils.scoring.html_report import build_page
-from utils.scoring.tables import Table, build_tables
+from utils.scoring.tables import Table, build_scores, build_tables
 
+logger = logging.getLogger(__name__)
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tab and line feed
 
 
@@ -64,14 +69,38 @@ def format_example(example: dict[str, Any]) -> str:
 def format_markdown(results: dict[str, Any]) -> str:
     """The tables and conclusions for a pull request or an issue."""
     parts = ["# Summaries scored", *map(escape_markdown, results["conclusions"])]
-    for table in [table for table in build_tables(results) if table.rows]:
-        lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
-        rows = "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
-        parts += [f"**{escape_markdown(table.title)}**", rows]
+    parts += [format_markdown_table(table) for table in build_tables(results) if table.rows]
     example = format_example(results["example"])
     fence = "`" * max(3, longest_run(example, "`") + 1)
     parts.append(f"<details><summary>A sample</summary>\n\n{fence}text\n{example}\n{fence}\n\n</details>")
     return "\n\n".join(parts) + "\n"
+
+
+def format_markdown_table(table: Table) -> str:
+    lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
+    rows = "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
+    return f"**{escape_markdown(table.title)}**\n\n{rows}"
+
+
+def add_to_cards(config: EvaluationConfig):
+    """Put the scores into the model card of each model that was trained here."""
+    results, _ = read_results(Path(config.output_dir))
+    settings = results["settings"]
+    file = settings[f"{settings['split']}_file"]
+    how = (
+        f"By evaluate_rouge.py on the {settings['split']} split of "
+        f"{Path(file).name if file else settings['dataset_name']}: num_beams {settings['num_beams']}, max_new_tokens "
+        f"{settings['max_new_tokens']}, {settings['dtype']}."
+    )
+    text = f"## Scores\n\n{escape_markdown(how)}\n\n{format_markdown_table(build_scores(results))}"
+    for name, path in dict(model.split("=", maxsplit=1) for model in settings["models"]).items():
+        if not Path(path).is_dir():
+            continue
+        with lock_folder(Path(path), f"models {name}"):
+            if add_scores(Path(path), text):
+                logger.info("%s: the scores are in its %s", path, CARD)
+            else:
+                logger.warning("%s: no %s with a place for scores", path, CARD)
 
 
 def escape_markdown(text: str) -> str:

@@ -14,15 +14,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from utils.config import TrainingConfig
+from utils.config import LoraTrainingConfig, TrainingConfig
 from utils.data.prefetch import Step
 from utils.files import append_line, hash_value, write_file, write_json
 from utils.launch.output_dir import MANIFEST, clear_output_dir, describe_models, is_in
 from utils.launch.script import describe_software
 from utils.launch.times import describe_times
 from utils.modeling.loading import count_flops_per_token, count_parameters
+from utils.modeling.model_card import write_model_card
 from utils.modeling.strategies import name_strategy
-from utils.prompting import build_prompt
 from utils.training.optimization import num_train_steps
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,6 @@ def describe_run(
         "num_train_examples": len(train_rows),
         "num_train_steps": num_train_steps(config, len(train_rows)),
         "data_fingerprint": hash_value([train_rows, validation_rows]),
-        "prompt": build_prompt("{dialogue}"),
     }
 
 
@@ -162,14 +161,17 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
 
 
 def finish_run(accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):
-    """Plot the losses, and note in run_manifest.json that this is finished, by which the same command repeated knows
-    it. No process may end before the main one, since the launcher would then end all.
+    """Plot the losses, write the model cards, and note in run_manifest.json that this is finished, by which the same
+    command repeated knows it. No process may end before the main one, since the launcher would then end all.
 
     Args:
         run: the identity that checkpoints have.
     """
     if accelerator.is_main_process:
         plot_loss_curve(config.output_dir)
+        write_model_card(config, run, Path(config.output_dir), is_adapter=isinstance(config, LoraTrainingConfig))
+        if merge_into := getattr(config, "merge_into", None):
+            write_model_card(config, run, Path(merge_into), is_adapter=False)
         path = Path(config.output_dir) / MANIFEST
         manifest = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, manifest | {"finished": {"run": run, "models": describe_models(config)}})
