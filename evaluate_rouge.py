@@ -48,7 +48,7 @@ def main(config: EvaluationConfig):
             evaluate(accelerator, config, rows)
         if accelerator.is_main_process:
             report(config)
-            remove_batches(Path(config.output_dir))
+            remove_batches(config.partial_texts)
         accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 
 
@@ -76,7 +76,7 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
         results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes}
         if facts:
             results["facts"] = score_facts(summaries, dialogues, facts)
-        mark_unfinished(Path(config.output_dir))
+        mark_unfinished(config.partial_texts)
         write_results(config, dialogues, summaries, results)
 
 

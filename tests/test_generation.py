@@ -284,16 +284,17 @@ def test_a_killed_generation_resumes(unsure_model, tmp_path):
 
 
 def test_a_torn_line_costs_its_own_batch_alone(tmp_path):
-    append_batch(Accelerator(), tmp_path, "first", [Summary("a\u2028b", False), Summary("", True)])
+    prefix = tmp_path / "predictions.partial"
+    append_batch(Accelerator(), prefix, "first", [Summary("a\u2028b", False), Summary("", True)])
     path = tmp_path / "predictions.partial-0.jsonl"
     path.write_bytes(path.read_bytes() + '\n{"key": "torn", "summaries": [["\u00e9'.encode()[:-1])
-    append_batch(Accelerator(), tmp_path, "last", [Summary("c", True)])
-    expected = {"first": [("a\u2028b", False), ("", True)], "last": [("c", True)]}
-    assert read_batches(Accelerator(), tmp_path) == expected
+    append_batch(Accelerator(), prefix, "last", [Summary("c", True)])
+    expected = {"first": [Summary("a\u2028b", False), Summary("", True)], "last": [Summary("c", True)]}
+    assert read_batches(Accelerator(), prefix) == expected
     path.write_bytes(path.read_bytes().replace(b'"c"', b'"b"'))  # one bit
-    assert read_batches(Accelerator(), tmp_path).keys() == {"first"}
-    remove_batches(tmp_path)
-    assert read_batches(Accelerator(), tmp_path) == {} and not list(tmp_path.iterdir())
+    assert read_batches(Accelerator(), prefix).keys() == {"first"}
+    remove_batches(prefix)
+    assert read_batches(Accelerator(), prefix) == {} and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", ["max_new_tokens", "weights", "dialogue", "nothing"])
@@ -301,7 +302,7 @@ def test_texts_are_taken_up_only_where_the_same_would_come_out(flan_t5, tmp_path
     dialogues = [row["dialogue"] for row in make_rows(3)]
     settings = {"output_dir": str(tmp_path), "per_device_eval_batch_size": 1}
     generate(flan_t5, dialogues, **settings)
-    kept = read_batches(Accelerator(), tmp_path)
+    kept = read_batches(Accelerator(), tmp_path / "predictions.partial")
     assert len(kept) == 3
     kept = {key: [summary._replace(text="kept") for summary in batch] for key, batch in kept.items()}
     model, tokenizer = load_model(str(flan_t5), "sdpa", torch.float32), load_tokenizer(str(flan_t5))

@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_rows, start_warm_server, warm_launch, write_rows
 from transformers import GenerationConfig
 
-from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
+from utils.config import EvaluationConfig, LoraTrainingConfig, SummaryConfig, TrainingConfig
 from utils.launch.command_line import parse_config
 from utils.prompting import DEFAULT_PROMPT
 
@@ -45,7 +45,12 @@ PARSED = {
     "sbatch --nodes 4 --gpus-per-node 8 slurm/train_lora.sbatch --learning_rate 3e-4",
     "sbatch slurm/evaluate_rouge.sbatch",
 }
-CONFIGS = {"train_full": TrainingConfig, "train_lora": LoraTrainingConfig, "evaluate_rouge": EvaluationConfig}
+CONFIGS = {
+    "train_full": TrainingConfig,
+    "train_lora": LoraTrainingConfig,
+    "evaluate_rouge": EvaluationConfig,
+    "summarize": SummaryConfig,
+}
 
 
 PLACES = ("", "accelerate_configs", "demo", "slurm", "tests/benchmarks", "utils")

@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 import train_lora
-from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
+from utils.config import EvaluationConfig, LoraTrainingConfig, SummaryConfig, TrainingConfig
 from utils.launch.output_dir import RUN_FILES, RUN_FOLDERS
 
 CONFIGS = {
     "train_full.py": TrainingConfig,
     "train_lora.py": LoraTrainingConfig,
     "evaluate_rouge.py": EvaluationConfig,
+    "summarize.py": SummaryConfig,
 }
 LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
 EVALUATION_FILES = ["predictions.jsonl", "report.html", "report.md", "results.json"]

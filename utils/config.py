@@ -46,22 +46,44 @@ class Config:
 
 
 @dataclass(frozen=True)
-class DataConfig(Config):
-    _argument_group_name = "data"  # the heading of these settings in --help
+class SourceConfig(Config):
+    _argument_group_name = "dialogues"  # the heading of these settings in --help
 
-    dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
-    train_file: str | None = setting(None, "csv, jsonl, json or parquet file to train on, instead of the hub's")
-    validation_file: str | None = setting(None, "file for the validation loss")
-    test_file: str | None = setting(None, "file that evaluate_rouge.py scores; the training scripts do not read it")
     dialogue_column: str = setting("dialogue", "column that holds the dialogue")
-    summary_column: str = setting("summary", "column that holds the summary")
+    summary_column: str = setting("summary", "column of the summary")
     max_source_length: int = setting(1024, "longest prompt, in tokens; the dialogue's end is cut")
-    max_eval_samples: int | None = setting(None, "validate on, or score, the first N rows only")
 
     def __post_init__(self):
         super().__post_init__()
         if self.dialogue_column == self.summary_column:
             raise UserError(f"--dialogue_column and --summary_column are both {self.summary_column!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    _argument_group_name = "data"
+
+    dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
+    train_file: str | None = setting(None, "csv, jsonl, json or parquet file to train on, instead of the hub's")
+    validation_file: str | None = setting(None, "file for the validation loss")
+    test_file: str | None = setting(None, "file that evaluate_rouge.py scores; the training scripts do not read it")
+    max_eval_samples: int | None = setting(None, "validate on, or score, the first N rows only")
+
+
+@dataclass(frozen=True)
+class DeviceConfig(Config):
+    _argument_group_name = "device"
+
+    per_device_eval_batch_size: size_or_auto = setting(
+        "auto",
+        "full-length examples per forward pass in validation and generation, more if they are shorter; auto: 32, but "
+        "on a GPU summaries take as many as fit in a quarter of its memory",
+    )
+    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
+
+    @property
+    def eval_batch_size(self) -> int:
+        return 32 if self.per_device_eval_batch_size == "auto" else self.per_device_eval_batch_size
 
 
 @dataclass(frozen=True)
@@ -72,22 +94,12 @@ class RunConfig(Config):
     output_dir: str = setting("./output", "folder for all that the run leaves")
     overwrite_output_dir: bool = setting(False, "replace the results of a run that output_dir holds")
     seed: int = setting(42, "seed of everything that is random")
-    per_device_eval_batch_size: size_or_auto = setting(
-        "auto",
-        "full-length examples per forward pass in validation and generation, more if they are shorter; auto: 32, but "
-        "evaluate_rouge.py on a GPU takes as many as fit in a quarter of its memory",
-    )
-    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", "how attention is computed")
     demo: bool = setting(False, "take the tiny model and data of demo/: no network, minutes on two CPU cores")
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.seed < 2**63:  # what torch takes
             raise UserError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
-
-    @property
-    def eval_batch_size(self) -> int:
-        return 32 if self.per_device_eval_batch_size == "auto" else self.per_device_eval_batch_size
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(CheckpointConfig, OptimizationConfig, RunConfig, DataConfig):
+class TrainingConfig(CheckpointConfig, OptimizationConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
     output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
 
 
@@ -213,9 +225,31 @@ class LoraTrainingConfig(AdapterConfig, TrainingConfig):
 
 
 @dataclass(frozen=True)
+class GenerationConfig(Config):
+    _argument_group_name = "generation"
+    _have_limits = ("length_penalty",)
+
+    max_new_tokens: int = setting(128, "longest generated summary, in tokens")
+    num_beams: int = setting(1, "beams of the search; 1 is greedy")
+    length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "precision of generation; auto: bf16 on a GPU that supports it, else fp32"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not -100 <= self.length_penalty <= 100:
+            raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
+        if self.length_penalty != 1 and self.num_beams == 1:
+            raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
+        if self.max_new_tokens > 100_000:
+            raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
 class ScoringConfig(Config):
-    _argument_group_name = "models, generation and scoring"
-    _have_limits = ("example_index", "length_penalty")
+    _argument_group_name = "models and scoring"
+    _have_limits = ("example_index",)
 
     models: list[str] = setting(
         ["original=google/flan-t5-base", "full=./flan-t5-base-dialogsum-checkpoint",
@@ -227,12 +261,6 @@ class ScoringConfig(Config):
         metadata={"help": "FILE or NAME=FILE, also several: score the texts in these instead", "action": "extend"},
     )
     split: Literal["train", "validation", "test"] = setting("test", "split to summarise and score")
-    max_new_tokens: int = setting(128, "longest generated summary, in tokens")
-    num_beams: int = setting(1, "beams of the search; 1 is greedy")
-    length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
-    dtype: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "precision of generation; auto: bf16 on a GPU that supports it, else fp32"
-    )
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
@@ -243,12 +271,6 @@ class ScoringConfig(Config):
         super().__post_init__()
         if self.example_index < 0:
             raise UserError(f"--example_index must not be negative, got {self.example_index}")
-        if not -100 <= self.length_penalty <= 100:
-            raise UserError(f"--length_penalty must be between -100 and 100, got {self.length_penalty}")
-        if self.length_penalty != 1 and self.num_beams == 1:
-            raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
-        if self.max_new_tokens > 100_000:
-            raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
         if self.add_to_card and self.predictions_file:
             raise UserError("--add_to_card needs models, and --predictions_file names texts")
         names = [model.partition("=")[0] for model in self.models]
@@ -261,8 +283,34 @@ class ScoringConfig(Config):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(ScoringConfig, RunConfig, DataConfig):
+class EvaluationConfig(ScoringConfig, GenerationConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
     output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
+
+    @property
+    def partial_texts(self) -> Path:
+        """Of the files of finished batches, what their names begin with."""
+        return Path(self.output_dir, "predictions.partial")
+
+
+@dataclass(frozen=True)
+class TextsConfig(Config):
+    _argument_group_name = "texts in, summaries out"
+
+    model: str = setting("./flan-t5-base-dialogsum-lora", "hub name or folder; a LoRA folder brings its base along")
+    input_file: str | None = setting(
+        None, "txt file of one dialogue, or csv, jsonl, json or parquet; without it, one dialogue is read from stdin"
+    )
+    output_file: str | None = setting(None, "csv or jsonl file; without it, one summary is written to stdout")
+    overwrite_output_file: bool = setting(False, "replace an output_file that is there")
+    demo: bool = setting(False, "summarise the demo's test rows with its LoRA model: no network")
+
+
+@dataclass(frozen=True)
+class SummaryConfig(TextsConfig, GenerationConfig, DeviceConfig, SourceConfig):
+    @property
+    def partial_texts(self) -> Path | None:
+        """Of the files of finished batches, what their names begin with; None if there are to be none."""
+        return Path(f"{self.output_file}.partial") if self.output_file else None
 
 
 def parse_duration(text: str) -> int:

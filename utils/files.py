@@ -19,9 +19,16 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, 
 
 def write_file(path: Path, content: bytes):
     """Write the whole file or leave what was there."""
+    write_parts(path, [content])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]):
+    """The same for content that comes in parts."""
     unfinished = path.with_name(path.name + ".part")
     try:
-        unfinished.write_bytes(content)
+        with unfinished.open("wb") as file:
+            for part in parts:
+                file.write(part)
         flush_to_disk(unfinished)
         unfinished.replace(path)
         flush_to_disk(path.parent)

@@ -5,9 +5,8 @@ row and column, before any model is loaded. Rows are counted from 1, the header 
 """
 
 import csv
-import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,44 +44,65 @@ def load_rows(
 
 def read_file(path: Path) -> list[tuple[int, Any]]:
     """(row number, row) of each row of a csv, jsonl, json or parquet file."""
+    if path.is_file() and path.suffix != ".parquet" and path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes, and {MOST_BYTES:,} at most are read: split it")
+    return list(iterate_file(path))
+
+
+def iterate_file(path: Path, in_parts: bool = False) -> Iterator[tuple[int, Any]]:
+    """As read_file, row by row.
+
+    Args:
+        in_parts: whether the caller keeps but a part of the rows, so that MOST_BYTES bound a part and not the file.
+    """
     if path.suffix not in (".csv", ".jsonl", ".json", ".parquet"):
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use .csv, .jsonl, .json or .parquet")
     try:
         if path.suffix == ".parquet":
-            return read_parquet(path)
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes, and {MOST_BYTES:,} at most are read: split it")
-        content = path.read_bytes()
+            yield from iterate_parquet(path, in_parts)
+            return
+        # Spreadsheets write a byte order mark. JSON text may hold U+2028 and the like unescaped: its lines end at \n.
+        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
+            if path.suffix == ".csv":
+                yield from parse_csv(file, path)
+            elif path.suffix == ".json" and (text := file.read()).lstrip().startswith("["):
+                yield from enumerate(parse_json(text, path), start=1)
+            else:
+                lines = text.split("\n") if path.suffix == ".json" else file
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield number, parse_json(line.removesuffix("\n"), path, number)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        if isinstance(error, UnicodeDecodeError) and path.suffix != ".parquet":
+            raise UserError(describe_wrong_byte(path)) from error
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def describe_wrong_byte(path: Path) -> str:
+    content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # spreadsheets write a byte order mark
+        content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8") from error
-    if path.suffix == ".csv":
-        return parse_csv(text, path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return list(enumerate(parse_json(text, path), start=1))
-    # split("\n") and not splitlines(): JSON text may hold U+2028 and the like unescaped.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, parse_json(line, path, number)) for number, line in lines if line.strip()]
+        return f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8"
+    return f"{path}: was changed while it was read"
 
 
-def read_parquet(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows, num_bytes = [], 0
+def iterate_parquet(path: Path, in_parts: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = num_bytes = 0
     with pyarrow.parquet.ParquetFile(path) as file:
         # In parts: a file of some kilobytes can hold one long text a million times.
         for batch in file.iter_batches(batch_size=256):
-            num_bytes += batch.nbytes
+            num_bytes = batch.nbytes + (0 if in_parts else num_bytes)
             if num_bytes > MOST_BYTES:
                 raise UserError(
                     f"{path}: over {MOST_BYTES:,} bytes when it is unpacked, and no more are read: split it"
                 )
-            rows += batch.to_pylist()
-    return list(enumerate(rows, start=1))
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
 
 
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
@@ -93,11 +113,11 @@ def parse_json(text: str, path: Path, line: int | None = None) -> Any:
         raise UserError(f"{path}, {where}: broken JSON: {getattr(error, 'msg', error)}") from error
 
 
-def parse_csv(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
+def parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     # The standard library's reader and not pandas', which reads a dialogue "None" or "NA" as a missing value.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows = []
+    reader = csv.reader(lines, strict=True)
+    number = 1
     try:
         header = next(reader, [])
         if twice := [name for name in header if header.count(name) > 1]:
@@ -106,11 +126,11 @@ def parse_csv(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
             if not cells:
                 continue  # a blank line
             if len(cells) != len(header):
-                raise UserError(f"{path}, row {len(rows) + 1}: {len(cells)} cells, but {len(header)} columns")
-            rows.append((len(rows) + 1, dict(zip(header, cells, strict=True))))
+                raise UserError(f"{path}, row {number}: {len(cells)} cells, but {len(header)} columns")
+            yield number, dict(zip(header, cells, strict=True))
+            number += 1
     except csv.Error as error:
-        raise UserError(f"{path}, row {len(rows) + 1} (line {reader.line_num}): broken csv: {error}") from error
-    return rows
+        raise UserError(f"{path}, row {number} (line {reader.line_num}): broken csv: {error}") from error
 
 
 def check_rows(numbered_rows: Iterable[tuple[int, Any]], source: str, split: str, config: DataConfig) -> list[dict]:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version as find_version
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.config import EvaluationConfig
+from utils.config import EvaluationConfig, SummaryConfig
 from utils.data.micro_batches import deal, micro_batch_cost
 from utils.data.tokens import tokenize_prompts
 from utils.files import hash_value
@@ -32,7 +31,9 @@ DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "leng
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def choose_dtype(accelerator: Accelerator, config: EvaluationConfig) -> EvaluationConfig:
+def choose_dtype(
+    accelerator: Accelerator, config: EvaluationConfig | SummaryConfig
+) -> EvaluationConfig | SummaryConfig:
     """The config with a dtype in place of `auto`."""
     if config.dtype != "auto":
         return config
@@ -44,7 +45,7 @@ def summarize_with_models(
     accelerator: Accelerator, texts: list[str], config: EvaluationConfig
 ) -> tuple[dict[str, dict[str, Summary]], dict[str, str]]:
     """(`summaries[model][text]` of each of `texts`, `hashes[model]`)."""
-    kept = read_batches(accelerator, Path(config.output_dir))
+    kept = read_batches(accelerator, config.partial_texts)
     summaries, hashes = {}, {}
     for name, model, tokenizer, model_hash in load_models(config):
         summaries[name] = generate_summaries(accelerator, model, tokenizer, texts, config, name, kept, model_hash)
@@ -67,12 +68,26 @@ def load_models(config: EvaluationConfig) -> Iterator[tuple[str, PreTrainedModel
         del model  # before the next one is loaded
 
 
+def load_summarizer(accelerator: Accelerator, config: SummaryConfig) -> Callable[[list[str]], dict[str, Summary]]:
+    """A function of dialogues that gives each one's summary, on every process."""
+    check_folder(config.model, "model", "; make it with: accelerate launch train_lora.py" + " --demo" * config.demo)
+    tokenizer = load_tokenizer(config.model, "model")
+    model = load_model(config.model, config.attn_implementation, torch.float32, "model")
+    kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
+    model_hash = hash_model(model, tokenizer)
+
+    def summarize(dialogues: list[str]) -> dict[str, Summary]:
+        return generate_summaries(accelerator, model, tokenizer, dialogues, config, "summaries", kept, model_hash)
+
+    return summarize
+
+
 def generate_summaries(
     accelerator: Accelerator,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dialogues: list[str],
-    config: EvaluationConfig,
+    config: EvaluationConfig | SummaryConfig,
     name: str,
     kept: dict[str, list[Summary]],
     model_hash: str,
@@ -91,14 +106,20 @@ def generate_summaries(
             logger.info("%s: the prompt is the model's own, %r and %r around the dialogue", name, *prompt)
     settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}
     versions = [(library, find_version(library)) for library in ("torch", "transformers", "tokenizers")]
-    origin = hash_value([model_hash, settings, versions, accelerator.device.type])
+    origin = None
+    if config.partial_texts:
+        origin = hash_value([model_hash, settings, versions, accelerator.device.type])
     model = model.to(accelerator.device, DTYPES[config.dtype]).eval()
     token_limits = gather_object([count_cached_tokens(model, config)])
     token_limit = None if None in token_limits else min(token_limits)
     batches = cut_batches(list(map(len, prompt_ids)), config, accelerator.device, token_limit)
     decode = partial(decode_batch, model, config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, batches, config, name, origin, kept)
-    return dict(zip(distinct, summaries, strict=True))
+    cut = (
+        summary._replace(source_truncated=length > config.max_source_length)
+        for summary, length in zip(summaries, lengths, strict=True)
+    )
+    return dict(zip(distinct, cut, strict=True))
 
 
 def generate_texts(
@@ -137,7 +158,7 @@ def generate_texts(
             summaries = [Summary(text.strip(), cut) for text, (_, cut) in zip(texts, decoded, strict=True)]
             mine_done[keys[number]] = summaries
             if origin:
-                append_batch(accelerator, Path(config.output_dir), keys[number], summaries)
+                append_batch(accelerator, config.partial_texts, keys[number], summaries)
             progress.update(len(summaries))
     done |= dict(gather_object(list(mine_done.items())))
     # By index: processes have had other batches, and other numbers of them.

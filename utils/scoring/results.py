@@ -89,7 +89,7 @@ def write_results(
         logger.warning("%d references have no letter a to z and no digit: nothing else counts in ROUGE", num_unseen)
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
     for name, texts_of_model in in_order.items():
-        texts, truncated = zip(*texts_of_model, strict=True)
+        texts, truncated = [s.text for s in texts_of_model], [s.truncated for s in texts_of_model]
         models[name]["diagnostics"] = describe_texts(texts, sources, truncated)
         models[name]["training"] = read_training(paths[name]) if name in paths else None
     texts_of_people = [text for texts in references for text in texts]

@@ -1,0 +1,152 @@
+"""Dialogues without references from a file or stdin, and their summaries to a file."""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from utils.config import SummaryConfig, UserError
+from utils.data.rows import iterate_file, read_text
+from utils.files import write_parts
+from utils.generation.partial_texts import Summary
+from utils.launch.output_dir import check_writable
+from utils.prompting import clean_text
+
+logger = logging.getLogger(__name__)
+ROWS_AT_ONCE = 4096  # whose prompts are in memory together
+TRUNCATED = "truncated"
+
+
+def check_files(config: SummaryConfig):
+    """UserError for files that cannot be what is meant, and for the first row that is wrong. Writes nothing."""
+    source, target = config.input_file and Path(config.input_file), config.output_file and Path(config.output_file)
+    if source and not source.is_file():
+        raise UserError(f"--input_file {source}: {'not a file' if source.exists() else 'no such file'}")
+    if source is None or source.suffix == ".txt":
+        if target:
+            raise UserError("--output_file needs an --input_file of rows; the summary of one dialogue goes to stdout")
+        return
+    if not target:
+        raise UserError(f"--output_file is missing: a csv or jsonl file for the summaries of {source}")
+    if target.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--output_file {target}: unknown kind of file {target.suffix!r}; use .csv or .jsonl")
+    check_output_file(config)
+    num_rows = num_empty = 0
+    for number, row in iterate_file(source, in_parts=True):
+        num_rows += 1
+        num_empty += not find_text(config, number, row)
+        for name in (config.summary_column, TRUNCATED):
+            if name in row:
+                advice = "; --summary_column can name another" if name == config.summary_column else "; rename it"
+                raise UserError(f"{source}, row {number}: has a column {name!r}, which is the output's{advice}")
+    if num_rows == 0:
+        raise UserError(f"{source} holds no rows")
+
+
+def check_output_file(config: SummaryConfig):
+    target = Path(config.output_file)
+    if target.is_dir() or target.resolve() == Path(config.input_file).resolve():
+        raise UserError(f"--output_file {target}: is {'a folder' if target.is_dir() else 'the --input_file'}")
+    if target.exists() and not config.overwrite_output_file:
+        raise UserError(f"--output_file {target} is there already: take another, or --overwrite_output_file")
+    check_writable(target.parent, "output_file")
+
+
+def find_text(config: SummaryConfig, number: int, row: Any) -> str:
+    """A row's dialogue, which may be empty; UserError if it is no text."""
+    where = f"{config.input_file}, row {number}"
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with columns, found {type(row).__name__}")
+    value = row.get(config.dialogue_column)
+    is_empty = value is None or (isinstance(value, str) and not clean_text(value))
+    if config.dialogue_column in row and is_empty:
+        return ""
+    return read_text(row, config.dialogue_column, "dialogue", where)
+
+
+def read_one(accelerator: Accelerator, config: SummaryConfig) -> str:
+    """The dialogue of a txt file or of stdin, which the main process reads, on every process."""
+    text, error = None, None
+    if accelerator.is_main_process:
+        name = config.input_file or "stdin"
+        try:
+            if config.input_file:
+                content = Path(config.input_file).read_bytes()
+            else:
+                if sys.stdin and sys.stdin.isatty():
+                    logger.info("reading a dialogue from the terminal, up to Ctrl-D on a line of its own")
+                content = sys.stdin.buffer.read() if sys.stdin else b""
+            text = clean_text(content.decode("utf-8-sig"))
+            error = None if text else f"{name}: no text"
+        except UnicodeDecodeError as decode_error:
+            error = f"{name}: byte {decode_error.start + 1} is not UTF-8"
+    text, error = broadcast_object_list([text, error])
+    if error:
+        raise UserError(error)
+    return text
+
+
+def read_in_parts(config: SummaryConfig) -> Iterator[dict[bytes, str]]:
+    """The dialogues of so many rows by their SHA-256, the empty ones left out."""
+    rows = iterate_file(Path(config.input_file), in_parts=True)
+    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        texts = (find_text(config, number, row) for number, row in part)
+        yield {digest(text): text for text in texts if text}
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary]):
+    """Write output_file: each row of input_file in its order, with its summary and whether the dialogue was cut.
+
+    Args:
+        summaries: by the SHA-256 of the dialogue.
+    """
+    num_rows = num_empty = num_cut = 0
+    empty = Summary("", None)
+
+    def add_summaries() -> Iterator[dict[str, Any]]:
+        nonlocal num_rows, num_empty, num_cut
+        for number, row in iterate_file(Path(config.input_file), in_parts=True):
+            text = find_text(config, number, row)
+            summary = summaries.get(digest(text)) if text else empty
+            if summary is None:
+                raise UserError(f"{config.input_file}, row {number}: was changed while it was summarised")
+            num_rows, num_empty, num_cut = num_rows + 1, num_empty + (not text), num_cut + summary.source_truncated
+            yield row | {config.summary_column: summary.text, TRUNCATED: summary.source_truncated}
+
+    target = Path(config.output_file)
+    if target.suffix == ".csv":
+        columns = dict.fromkeys(
+            name for _, row in iterate_file(Path(config.input_file), in_parts=True) for name in row
+        )
+        names = [*columns, config.summary_column, TRUNCATED]
+        header = [dict(zip(names, names, strict=True))]
+        lines = (format_csv_line(row, names) for row in itertools.chain(header, add_summaries()))
+    else:
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in add_summaries())
+    write_parts(target, (line.encode() for line in lines))
+    text = "%s: %d rows, of which %d are empty and %d were cut at %d tokens"
+    logger.info(text, target, num_rows, num_empty, num_cut, config.max_source_length)
+
+
+def format_csv_line(row: dict[str, Any], names: list[str]) -> str:
+    """Texts as they are, nothing where there is no value, and all else as JSON."""
+    cells = (row.get(name) for name in names)
+    line = io.StringIO()
+    csv.writer(line).writerow(
+        "" if cell is None else cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
+        for cell in cells
+    )
+    return line.getvalue()
