@@ -10,11 +10,13 @@ code, or minus the signal's number. inject_faults.py starts this, with faults.c 
 """
 
 import ctypes
+import gc
 import json
 import os
 import runpy
 import sys
 import traceback
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,6 +41,8 @@ def run(order: dict) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+    gc.collect()
+    weakref.finalize._exitfunc()  # as at the end of Python, which os._exit leaves out: locks are let go
     if "count_to" in order:
         Path(order["count_to"]).write_text(str(faults.count_operations()))
     return 0

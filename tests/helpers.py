@@ -22,7 +22,8 @@ from utils.prompting import build_prompt
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 RECORDS = ["loss_curve.png", "metrics.jsonl", "run_manifest.json"]
-FULL_FILES = [*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors"]
+MODEL_FILES = [*TOKENIZER_FILES, "generation_config.json", "README.md"]
+FULL_FILES = [*RECORDS, *MODEL_FILES, "config.json", "model.safetensors"]
 
 
 def write_t5(folder: Path, model_class, config_class, tied: bool, activation: str):

@@ -57,6 +57,19 @@ def test_facts_are_right(results, name, share):
 
 
 @pytest.mark.slow
+def test_summaries_are_the_evaluations(demo):
+    command, environment = warm_launch(REPOSITORY / "summarize.py")
+    command.append("--demo")
+    run = subprocess.run(command, cwd=demo, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    rows = read_jsonl(demo / "demo-summaries.jsonl")
+    assert [row["id"] for row in rows] == [row["id"] for row in read_jsonl(REPOSITORY / "demo" / "test.jsonl")]
+    lines = read_jsonl(demo / "demo-rouge-report" / "predictions.jsonl")
+    expected = {line["dialogue"]: line["prediction"] for line in lines if line["model"] == "lora"}
+    assert [row["generated"] for row in rows] == [expected[row["dialogue"]] for row in rows]
+
+
+@pytest.mark.slow
 def test_sample_is_wrong_before_and_right_after(demo, tmp_path):
     """The dialogue that README shows, from the validation split."""
     index = EXAMPLE

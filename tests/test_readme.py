@@ -1,5 +1,6 @@
 """Every command in a README is run by a test: here, or in the test that is named here."""
 
+import csv
 import json
 import os
 import re
@@ -44,6 +45,7 @@ PARSED = {
     "sbatch slurm/train_lora.sbatch",
     "sbatch --nodes 4 --gpus-per-node 8 slurm/train_lora.sbatch --learning_rate 3e-4",
     "sbatch slurm/evaluate_rouge.sbatch",
+    "sbatch slurm/summarize.sbatch --input_file chats.jsonl --output_file summaries.jsonl",
 }
 CONFIGS = {
     "train_full": TrainingConfig,
@@ -68,7 +70,7 @@ def readme_commands() -> list[str]:
 def test_every_command_is_run():
     known = PARSED.union(*RUN_ELSEWHERE.values())
     here = [command for command in readme_commands() if command not in known]
-    assert len(here) == 5 and sum("--dialogue_column" in command for command in here) == 3
+    assert len(here) == 7 and sum("--dialogue_column" in command for command in here) == 4
     assert sum(command.startswith("python -c") for command in here) == 2, "run by test_hub.py"
     assert known <= set(readme_commands())
 
@@ -91,16 +93,19 @@ def test_words_are_understood(command):
 @pytest.mark.slow
 def test_commands_for_own_data(flan_t5, tmp_path):
     """In README's order, with a small model instead of google/flan-t5-base and files of the columns named there."""
-    commands = [command for command in readme_commands() if "--dialogue_column" in command]
-    assert len(commands) == 3
+    commands = [command for command in readme_commands() if "--dialogue_column" in command or "summarize" in command]
+    assert len(commands) == 5
     rows = [{"id": row["id"], "text": row["dialogue"], "gold": row["summary"]} for row in make_rows(12)]
-    for name in ("train", "dev", "test"):
+    (tmp_path / "chat.txt").write_text(rows[0]["text"])
+    for name in ("train", "dev", "test", "chats"):
         lines = ["id,text,gold", *(f'{row["id"]},"{row["text"]}",{row["gold"]}' for row in rows)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        (tmp_path / f"{name}.csv").write_text(text.replace("gold", "other") if name == "chats" else text)
     for name in ("texts", "other"):
         write_rows(tmp_path / f"{name}.jsonl", [{"id": row["id"], "prediction": row["gold"]} for row in rows])
     for command in commands:
-        words = shlex.split(command.replace("google/flan-t5-base", str(flan_t5)))
+        command, _, stdin = command.replace("google/flan-t5-base", str(flan_t5)).partition(" < ")
+        words = shlex.split(command)
         if words[0] == "python":
             words = [sys.executable, str(REPOSITORY / "tests" / "warm.py"), str(REPOSITORY / words[1]), *words[2:]]
         else:
@@ -108,13 +113,19 @@ def test_commands_for_own_data(flan_t5, tmp_path):
             words = [*warm_launch(REPOSITORY / words[2])[0], *words[3:]]
             words += ["--model_name_or_path", str(flan_t5)] if "train" in command else ["--max_new_tokens", "8"]
         environment = os.environ | {"WARM_SOCKET": start_warm_server()}
-        run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        with open(tmp_path / stdin if stdin else os.devnull) as file:
+            run = subprocess.run(
+                words, cwd=tmp_path, env=environment, stdin=file, capture_output=True, text=True, timeout=240
+            )
         assert run.returncode == 0, run.stderr
+        assert not stdin or len(run.stdout.splitlines()) == 1
     models = json.loads((tmp_path / "their-report" / "results.json").read_text())["models"]
     assert {name: model["scores"]["max"]["rougeLsum"]["value"] for name, model in models.items()} == {
         "texts": 1,
         "theirs": 1,
     }
+    with (tmp_path / "summaries.csv").open(newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == [row["text"] for row in rows]
     assert set(json.loads((tmp_path / "my-report" / "results.json").read_text())["models"]) == {"original", "mine"}
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, read_jsonl, run_command, run_script
-from helpers import FULL_FILES, RECORDS, TOKENIZER_FILES, compute_logits
+from helpers import FULL_FILES, MODEL_FILES, RECORDS, compute_logits
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ CONFIGS = {
     "evaluate_rouge.py": EvaluationConfig,
     "summarize.py": SummaryConfig,
 }
-LORA_FILES = [*RECORDS, *TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
+LORA_FILES = [*RECORDS, *MODEL_FILES, "adapter_config.json", "adapter_model.safetensors"]
 EVALUATION_FILES = ["predictions.jsonl", "report.html", "report.md", "results.json"]
 METRICS = {
     "train": {"step", "split", "loss", "learning_rate", "grad_norm", "num_examples", "num_target_tokens"}
@@ -237,7 +237,7 @@ def test_lora_trains_nothing_but_the_adapter(fresh_accelerator_state, flan_t5, d
             assert not parameter.requires_grad and torch.equal(parameter, before[original]), name
             num_frozen += 1
     assert num_frozen == len(before)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*RECORDS, "checkpoints"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*RECORDS, "README.md", "checkpoints"])
 
 
 def test_the_report(runs):
