@@ -36,7 +36,7 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
     (plan,) = plan_steps(lengths, *sizes, config.seed, accelerator.process_index, world, 1e6, range(1))
     batches = list(load_batches(accelerator, model, data, iter(plan)))
     num_target_tokens = int(lengths[select_examples(len(lengths), sizes[0], config.seed, 0), 1].sum())
-    compute_gradient(accelerator, model, batches, num_target_tokens)
+    compute_gradient(accelerator, model, batches, num_target_tokens, config)
     if accelerator.is_main_process:
         gradients = {name: p.grad for name, p in accelerator.unwrap_model(model).named_parameters()}
         torch.save({"num_processes": world, "gradients": gradients}, output)

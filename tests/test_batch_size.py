@@ -30,10 +30,10 @@ class FakeGpu:
         self.weights, self.size = count_bytes(model)[0], None
         measure_peak = batch_size.measure_peak
 
-        def measure(accelerator, model, examples):
+        def measure(accelerator, model, config, examples):
             gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
             with LiveBytes(model.parameters(), 0) as live:
-                measure_peak(accelerator, model, examples)
+                measure_peak(accelerator, model, config, examples)
             peak = self.weights + gradients + live.peak
             if peak > self.size:
                 raise torch.OutOfMemoryError
@@ -65,10 +65,11 @@ def test_it_fits_and_one_more_would_not(parts, monkeypatch, megabytes):
     gpu.size = 1e12
     source, target = (int(index) for index in measure_lengths(data).argmax(axis=0))
     example = {"input_ids": [data[source]["input_ids"]], "labels": [data[target]["labels"]]}
-    batch_size.measure_peak(accelerator, model, example)  # gradients
+    batch_size.measure_peak(accelerator, model, config, example)  # gradients
     moments = 2 * count_bytes(model)[1]
     needed = [
-        batch_size.measure_peak(accelerator, model, {name: ids * size for name, ids in example.items()}) + moments
+        moments
+        + batch_size.measure_peak(accelerator, model, config, {name: ids * size for name, ids in example.items()})
         for size in (found, found + 1)
     ]
     if megabytes == 1000:
@@ -90,10 +91,10 @@ def test_one_fits_and_two_run_out_of_memory(parts, monkeypatch):
     gpu = FakeGpu(monkeypatch, parts[1])
     gpu.size, measure = 1e9, batch_size.measure_peak
 
-    def refuse_two(accelerator, model, examples):
+    def refuse_two(accelerator, model, config, examples):
         if len(examples["input_ids"]) > 1:
             raise torch.OutOfMemoryError
-        return measure(accelerator, model, examples)
+        return measure(accelerator, model, config, examples)
 
     monkeypatch.setattr(batch_size, "measure_peak", refuse_two)
     assert find_batch_size(*parts) == 1
@@ -103,7 +104,7 @@ def test_a_peak_that_grows_faster_than_a_line(parts, monkeypatch):
     """What is extrapolated is tried, and made smaller until it fits."""
     sizes = []
 
-    def measure(accelerator, model, examples):
+    def measure(accelerator, model, config, examples):
         sizes.append(len(examples["input_ids"]))
         return 1000 + max(10 * sizes[-1], 100 * (sizes[-1] - 3))
 

@@ -176,3 +176,37 @@ def test_names_that_the_hub_does_not_have(hub, online, tmp_path):
         assert f"train_lora.py: error: {setting} {name}: {expected}\n" in run.stderr
         assert run.returncode != 0
         assert list(folder.iterdir()) == []
+
+
+def test_a_data_set_of_other_splits_and_configurations(hub, online, tmp_path):
+    """One without a validation split is as good as files without one."""
+    data = hub.root / "datasets" / "my" / "chats"
+    data.mkdir(parents=True)
+    for name, num_rows in (("short_train", 6), ("long_train", 9), ("long_held_out", 5)):
+        ids = [f"{name}_{row}" for row in range(num_rows)]
+        write_split(data / f"{name}.csv", ids, make_dialogues(num_rows, seed=0))
+    splits = {"short": {"train": "short_train"}, "long": {"train": "long_train", "held_out": "long_held_out"}}
+    configs = [
+        {"config_name": name, "data_files": [{"split": split, "path": f"{file}.csv"} for split, file in files.items()]}
+        for name, files in splits.items()
+    ]
+    (data / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+
+    def train(name: str, *words: str):
+        common = ["--dataset_name=my/chats", "--dataset_revision=main", f"--dataset_config_name={name}"]
+        settings = ["--max_train_steps=1", "--mixed_precision=no", f"--output_dir={name}"]
+        return launch(tmp_path, online, "train_lora.py", *common, *settings, *words)
+
+    for name, words, num_trained, num_validated in (
+        ("short", [], 6, []),
+        ("long", ["--validation_split=held_out"], 9, [5, 5]),
+    ):
+        run = train(name, *words)
+        assert run.returncode == 0, run.stderr
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        assert [line["num_examples"] for line in lines if line["split"] == "validation"] == num_validated
+        assert [line["num_examples"] for line in lines if line["split"] == "train"] == [num_trained]
+    for word in ("--load_best_model_at_end", "--validation_split=dev"):
+        run = train("short", word, "--overwrite_output_dir")
+        split = word.partition("split=")[2] or "validation"
+        assert f'error: --dataset_name my/chats: Unknown split "{split}". Should be one of' in run.stderr

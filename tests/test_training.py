@@ -158,8 +158,8 @@ def test_validation_loss_is_per_target_token(flan_t5, data_files, tmp_path):
 def test_a_loss_for_training_alone_is_not_validations(flan_t5, data_files, tmp_path, monkeypatch):
     settings = {"max_train_steps": 1, "mixed_precision": "no"}
     plain = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "plain", **settings)
-    compute_training_loss = utils.training.step.compute_training_loss
-    monkeypatch.setattr(utils.training.step, "compute_training_loss", lambda *given: 2 * compute_training_loss(*given))
+    compute_losses = utils.training.step.compute_training_losses
+    monkeypatch.setattr(utils.training.step, "compute_training_losses", lambda *given: 2 * compute_losses(*given))
     twice = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "twice", **settings)
     assert twice["train"][0]["loss"] == 2 * plain["train"][0]["loss"]
     assert twice["validation"][0] == plain["validation"][0]
@@ -225,7 +225,7 @@ def test_no_micro_batch_waits_for_the_device(flan_t5, data_files, lora):
     model = accelerator.prepare(add_lora(model, config) if lora else model)
     batches = list(load_batches(accelerator, model, data, iter([np.arange(8), np.arange(8, 16)])))
     with CountWaits() as counter:
-        compute_gradient(accelerator, model, batches, num_target_tokens=100)
+        compute_gradient(accelerator, model, batches, 100, config)
     assert counter.num_waits == 0
     assert any(parameter.grad is not None for parameter in model.parameters())
 

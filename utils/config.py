@@ -27,6 +27,10 @@ def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+def int_or_float(text: str) -> int | float:
+    return int(text) if re.fullmatch(r"\d+", text) else float(text)
+
+
 def size_or_auto(text: str) -> int | str:
     """A number of examples, or `auto`."""
     return text if text == "auto" else int(text)
@@ -64,6 +68,9 @@ class DataConfig(Config):
     _argument_group_name = "data"
 
     dataset_name: str = setting("knkarthick/dialogsum", "data set on the Hugging Face hub; not used with files")
+    dataset_config_name: str | None = setting(None, "configuration of the hub's data set, if it has several")
+    dataset_revision: str | None = setting(None, "commit, tag or branch of the hub's data set")
+    validation_split: str = setting("validation", "name of the hub's split to validate on")
     train_file: str | None = setting(None, "csv, jsonl, json or parquet file to train on, instead of the hub's")
     validation_file: str | None = setting(None, "file for the validation loss")
     test_file: str | None = setting(None, "file that evaluate_rouge.py scores; the training scripts do not read it")
@@ -105,14 +112,14 @@ class RunConfig(Config):
 @dataclass(frozen=True)
 class OptimizationConfig(Config):
     _argument_group_name = "model and optimization"
-    _have_limits = ("weight_decay", "warmup_ratio")
+    _have_limits = ("weight_decay", "warmup_ratio", "label_smoothing_factor")
 
     model_name_or_path: str = setting("google/flan-t5-base", "encoder-decoder model: hub name or folder")
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
     source_prefix: str = setting(DEFAULT_PROMPT.source_prefix, "what the prompt says before the dialogue")
     source_suffix: str = setting(DEFAULT_PROMPT.source_suffix, "what the prompt says after it; never cut")
     max_train_samples: int | None = setting(None, "train on the first N rows only")
-    num_train_epochs: int = setting(1, "passes over the training set")
+    num_train_epochs: int_or_float = setting(1, "passes over the training set, also 0.5 or 2.5")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
     total_train_batch_size: int = setting(256, "examples per optimizer update, over all processes")
     per_device_train_batch_size: size_or_auto = setting(
@@ -126,6 +133,9 @@ class OptimizationConfig(Config):
     )
     warmup_ratio: float = setting(0.0, "share of the updates over which the learning rate rises from 0")
     max_grad_norm: float = setting(1.0, "largest L2 norm of the gradient")
+    label_smoothing_factor: float = setting(
+        0.0, "share of each target token's weight that goes to the whole vocabulary, in the training loss alone"
+    )
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
     deterministic: bool = setting(
@@ -137,6 +147,9 @@ class OptimizationConfig(Config):
         super().__post_init__()
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.label_smoothing_factor < 1:
+            factor = self.label_smoothing_factor
+            raise UserError(f"--label_smoothing_factor must be at least 0 and below 1, got {factor}")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         if self.lr_scheduler_type == "constant" and self.warmup_ratio:
@@ -166,6 +179,9 @@ class CheckpointConfig(Config):
         "loss", "what the best checkpoint is chosen by, on the validation rows; ROUGE on the first 64"
     )
     load_best_model_at_end: bool = setting(False, "export the best model instead of the last")
+    early_stopping_patience: int | None = setting(
+        None, "end when so many validations in a row have not improved metric_for_best_model"
+    )
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
@@ -179,7 +195,8 @@ class CheckpointConfig(Config):
 
     @property
     def needs_validation(self) -> bool:
-        return self.load_best_model_at_end or self.metric_for_best_model != "loss"
+        chooses = self.load_best_model_at_end or self.early_stopping_patience is not None
+        return chooses or self.metric_for_best_model != "loss"
 
 
 @dataclass(frozen=True)
@@ -195,7 +212,9 @@ class AdapterConfig(Config):
     lora_r: int = setting(32, "rank of the adapter's matrices")
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = setting(0.1, "dropout on the adapter's input")
-    lora_target_modules: list[str] = setting(["q", "v"], "names of the linear layers that get an adapter")
+    lora_target_modules: list[str] = setting(
+        ["q", "v"], "names of the linear layers that get an adapter; all-linear: all but the head"
+    )
     use_rslora: bool = setting(False, "scale the adapter's output by lora_alpha / sqrt(lora_r) instead")
     use_dora: bool = setting(False, "DoRA: train the length of each row of an adapted weight apart from its direction")
     loraplus_lr_ratio: float | None = setting(
@@ -225,15 +244,22 @@ class LoraTrainingConfig(AdapterConfig, TrainingConfig):
 
 
 @dataclass(frozen=True)
-class GenerationConfig(Config):
+class DecodingConfig(Config):
     _argument_group_name = "generation"
     _have_limits = ("length_penalty",)
 
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
+    min_new_tokens: int | None = setting(None, "shortest generated summary, in tokens; by default the model's own")
+    no_repeat_ngram_size: int | None = setting(
+        None, "no run of so many tokens comes twice in a summary; by default the model's own setting"
+    )
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
     dtype: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "precision of generation; auto: bf16 on a GPU that supports it, else fp32"
+    )
+    base_model_name_or_path: str | None = setting(
+        None, "base of every adapter, instead of the one that it names, which may have moved"
     )
 
     def __post_init__(self):
@@ -244,6 +270,8 @@ class GenerationConfig(Config):
             raise UserError(f"--length_penalty {self.length_penalty} needs --num_beams above 1")
         if self.max_new_tokens > 100_000:
             raise UserError(f"--max_new_tokens must be at most 100000, got {self.max_new_tokens}")
+        if (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise UserError(f"--min_new_tokens {self.min_new_tokens} is above --max_new_tokens {self.max_new_tokens}")
 
 
 @dataclass(frozen=True)
@@ -283,7 +311,7 @@ class ScoringConfig(Config):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(ScoringConfig, GenerationConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
+class EvaluationConfig(ScoringConfig, DecodingConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
     output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
 
     @property
@@ -306,7 +334,7 @@ class TextsConfig(Config):
 
 
 @dataclass(frozen=True)
-class SummaryConfig(TextsConfig, GenerationConfig, DeviceConfig, SourceConfig):
+class SummaryConfig(TextsConfig, DecodingConfig, DeviceConfig, SourceConfig):
     @property
     def partial_texts(self) -> Path | None:
         """Of the files of finished batches, what their names begin with; None if there are to be none."""

@@ -25,7 +25,7 @@ MOST_BYTES = 2 * 10**9  # of a file of rows, which is read whole; DialogSum has 
 def load_rows(
     config: DataConfig, split: str, max_samples: int | None = None, optional: bool = False
 ) -> list[dict[str, str]]:
-    """The first `max_samples` rows of a split, checked; none if the split is optional and only others have a file."""
+    """The first `max_samples` rows of a split, checked; none if it is optional and there are others alone."""
     files = {name: getattr(config, f"{name}_file") for name in SPLITS}
     if any(path is not None for path in files.values()):
         if files[split] is None and optional:
@@ -34,9 +34,18 @@ def load_rows(
             raise UserError(f"--{split}_file is missing: with files of one's own the hub's data set is not used")
         source, numbered_rows = files[split], read_file(Path(files[split]))
     else:
-        source = f"{config.dataset_name}[{split}]"
+        name = config.validation_split if split == "validation" else split
+        source = f"{config.dataset_name}[{name}]"
         with explain_hub_errors("dataset_name", config.dataset_name, "data set"):
-            numbered_rows = list(enumerate(datasets.load_dataset(config.dataset_name, split=split), start=1))
+            try:
+                data = datasets.load_dataset(
+                    config.dataset_name, config.dataset_config_name, split=name, revision=config.dataset_revision
+                )
+            except ValueError as error:
+                if not (optional and name == split and str(error).startswith("Unknown split")):
+                    raise
+                return []
+        numbered_rows = list(enumerate(data, start=1))
     if not numbered_rows:
         raise UserError(f"{source} holds no rows")
     return check_rows(numbered_rows[:max_samples], source, split, config)

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.config import EvaluationConfig
+from utils.config import DecodingConfig, EvaluationConfig
 
 # Padded tokens that the encoder takes at once: enough to keep a device busy, and few enough that little is padding.
 # The CPU's was measured.
@@ -38,10 +38,18 @@ def decode_batch(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask,
             max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=config.num_beams,
             length_penalty=config.length_penalty, use_cache=True, custom_generate=search_beams,
+            **choose_limits(model, config),
         )  # fmt: skip
     else:
-        decoded = decode_in_rounds(model, encoded, mask, config.max_new_tokens)
+        decoded = decode_in_rounds(model, encoded, mask, config)
     return [(ids, is_truncated(model, ids, config.max_new_tokens)) for ids in decoded]
+
+
+def choose_limits(model: PreTrainedModel, config: DecodingConfig) -> dict[str, int]:
+    """The shortest text and the shortest repetition that is not allowed: the config's, or the model's own."""
+    names = ("min_new_tokens", "no_repeat_ngram_size")
+    values = {name: getattr(config, name) or getattr(model.generation_config, name, None) for name in names}
+    return {name: value for name, value in values.items() if value}
 
 
 def count_cached_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int | None:
@@ -79,7 +87,7 @@ def encode(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def decode_in_rounds(
-    model: PreTrainedModel, encoded: torch.Tensor, mask: torch.Tensor, max_new_tokens: int
+    model: PreTrainedModel, encoded: torch.Tensor, mask: torch.Tensor, config: DecodingConfig
 ) -> list[list[int]]:
     """Greedy: generate() until some texts have ended, and again for the others alone, from their cache.
 
@@ -90,6 +98,8 @@ def decode_in_rounds(
     def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return (has_ended(model, ids).float().mean() >= ENDED_SHARE).expand(len(ids))
 
+    max_new_tokens, limits = config.max_new_tokens, choose_limits(model, config)
+    min_new_tokens = limits.pop("min_new_tokens", 0)
     ids = torch.full((len(encoded), 1), model.generation_config.decoder_start_token_id, device=model.device)
     cache, running, decoded = None, list(range(len(encoded))), [None] * len(encoded)
     while running:
@@ -97,7 +107,8 @@ def decode_in_rounds(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask,
             decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
             max_new_tokens=max_new_tokens + 1 - ids.shape[1], stopping_criteria=[enough_ended],
-            do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True,
+            min_new_tokens=max(0, min_new_tokens + 1 - ids.shape[1]),  # counted from where this round begins
+            do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True, **limits,
         )  # fmt: skip
         ids, cache = output.sequences, output.past_key_values
         ended = has_ended(model, ids) | (ids.shape[1] > max_new_tokens)

@@ -27,7 +27,10 @@ NUM_BATCHES = 16
 # token takes some five hundred kernel launches, however many texts there are.
 MIN_PROMPTS = {"cpu": 16, "cuda": 512}
 # What the texts follow from, beside model, prompt and versions.
-DECODING_SETTINGS = ("attn_implementation", "max_new_tokens", "num_beams", "length_penalty", "dtype")
+DECODING_SETTINGS = (
+    "attn_implementation", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "length_penalty",
+    "dtype",
+)  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -63,7 +66,13 @@ def load_models(config: EvaluationConfig) -> Iterator[tuple[str, PreTrainedModel
         check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
     tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
     for name, path in models.items():
-        model = load_model(path, config.attn_implementation, torch.float32, f"models {name}")
+        model = load_model(
+            path,
+            config.attn_implementation,
+            torch.float32,
+            f"models {name}",
+            base_model=config.base_model_name_or_path,
+        )
         yield name, model, tokenizers[name], hash_model(model, tokenizers[name])
         del model  # before the next one is loaded
 
@@ -72,7 +81,9 @@ def load_summarizer(accelerator: Accelerator, config: SummaryConfig) -> Callable
     """A function of dialogues that gives each one's summary, on every process."""
     check_folder(config.model, "model", "; make it with: accelerate launch train_lora.py" + " --demo" * config.demo)
     tokenizer = load_tokenizer(config.model, "model")
-    model = load_model(config.model, config.attn_implementation, torch.float32, "model")
+    model = load_model(
+        config.model, config.attn_implementation, torch.float32, "model", base_model=config.base_model_name_or_path
+    )
     kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
     model_hash = hash_model(model, tokenizer)
 

@@ -56,19 +56,20 @@ def load_model(
     setting: str = "model_name_or_path",
     quantization_config: BitsAndBytesConfig | None = None,
     without_weights: bool = False,
+    base_model: str | None = None,
 ) -> PreTrainedModel:
     """An encoder-decoder model, or the one that a LoRA folder adapts with the adapter merged into it; on the meta
-    device if it is to be `without_weights`."""
+    device if it is to be `without_weights`. `base_model` stands in for the base that the folder names."""
     check_folder(name_or_path, setting)
     if Path(name_or_path).is_dir():
         name_or_path = str(Path(name_or_path).resolve())  # an adapter remembers it, wherever it is used from
     with explain_hub_errors(setting, name_or_path, "model"):
         if (Path(name_or_path) / "adapter_config.json").is_file():
             adapter_config = PeftConfig.from_pretrained(name_or_path)
-            base_name = adapter_config.base_model_name_or_path
+            base_name = base_model or adapter_config.base_model_name_or_path
             if not base_name:
                 raise UserError(f"--{setting} {name_or_path}: adapter_config.json names no base")
-            base_setting = f"{setting} {name_or_path}, its base"
+            base_setting = "base_model_name_or_path" if base_model else f"{setting} {name_or_path}, its base"
             base = load_model(base_name, attn_implementation, dtype, base_setting, without_weights=without_weights)
             if without_weights:  # with the adapter merged into it, its shape is the same
                 return base

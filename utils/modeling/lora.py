@@ -60,12 +60,15 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
             "name its base: train on the first one's base, or on a full model"
         )
     names = [name for name, _ in model.named_modules()]
-    for target in config.lora_target_modules:
+    targets = config.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"  # PEFT's word
+    for target in config.lora_target_modules if isinstance(targets, list) else ():
         if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT asks only that one of them exists
             raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: no module {target!r}")
     lora_config = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM, r=config.lora_r, lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout, target_modules=config.lora_target_modules,
+        lora_dropout=config.lora_dropout, target_modules=targets,
         use_rslora=config.use_rslora, use_dora=config.use_dora,
     )  # fmt: skip
     torch.manual_seed(config.seed)  # the adapter's first weights are random, and the same on each process

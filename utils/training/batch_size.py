@@ -18,7 +18,7 @@ from utils.modeling.passes import accumulate, backward
 from utils.modeling.sharding import whole_shape
 from utils.modeling.strategies import is_deepspeed, is_sharded
 from utils.training.memory_estimate import MicroBatch, estimate_memory, find_offloaded
-from utils.training.step import compute_target_logits, compute_training_loss
+from utils.training.step import compute_target_logits, compute_training_losses
 
 logger = logging.getLogger(__name__)
 SIZE_ON_CPU = 16  # a CPU does not say what fits: the kernel kills a process that takes too much
@@ -56,7 +56,7 @@ def find_batch_size(
 
     def measure(size: int) -> float:
         try:
-            return measure_peak(accelerator, model, {name: ids * size for name, ids in example.items()})
+            return measure_peak(accelerator, model, config, {name: ids * size for name, ids in example.items()})
         except torch.OutOfMemoryError:
             if is_sharded(accelerator):  # the others may be waiting for this process
                 raise
@@ -127,14 +127,16 @@ def count_fitting(one: float, two: float, memory: float, most: int) -> int:
     return min(most, 1 + int((memory - one) / max(1, two - one)))  # inf: nothing more fits
 
 
-def measure_peak(accelerator: Accelerator, model: torch.nn.Module, examples: dict[str, list]) -> int:
+def measure_peak(
+    accelerator: Accelerator, model: torch.nn.Module, config: TrainingConfig, examples: dict[str, list]
+) -> int:
     """Peak bytes of GPU memory while the gradient of 0 times the loss is accumulated: DeepSpeed cannot discard one."""
     unwrapped = accelerator.unwrap_model(model)
     batch = move_batch(collate(examples, unwrapped.config.pad_token_id), unwrapped, accelerator.device)
     torch.cuda.reset_peak_memory_stats(accelerator.device)
     model.train()
     with accumulate(accelerator, model, last=False):
-        loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+        loss = compute_training_losses(compute_target_logits(accelerator, model, batch), batch["targets"], config)[0]
         backward(accelerator, model, 0 * loss)
     return torch.cuda.max_memory_allocated(accelerator.device)
 

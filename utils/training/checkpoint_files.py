@@ -209,8 +209,9 @@ def remove_checkpoint(folder: Path):
 # Settings that may change when a run is resumed. With another value of any other it would be another run; so would it
 # be of a new setting, until it is named here. Of model, data and length the fingerprints and counts tell.
 FREE_SETTINGS = {
-    "model_name_or_path", "dataset_name", "train_file", "validation_file", "test_file", "dialogue_column",
-    "summary_column", "max_train_samples", "max_eval_samples", "num_train_epochs", "max_train_steps", "demo",
+    "model_name_or_path", "dataset_name", "dataset_config_name", "dataset_revision", "validation_split",
+    "train_file", "validation_file", "test_file", "dialogue_column", "summary_column", "max_train_samples",
+    "max_eval_samples", "num_train_epochs", "max_train_steps", "demo",
     "per_device_train_batch_size", "per_device_eval_batch_size", "attn_implementation", "gradient_checkpointing",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "merge_into",
     "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit",

@@ -1,6 +1,7 @@
 """The one training loop, for the full model and for LoRA alike: step, log, save, validate."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -66,10 +67,10 @@ def train(
         for step in load_steps(accelerator, model, train_data, lengths, config, numbers):
             started = time.perf_counter()
             with timed("updates" if step.number > numbers[0] else "the first update"):
-                loss_sum, learning_rate, grad_norm = train_step(
+                loss_sums, learning_rate, grad_norm = train_step(
                     accelerator, model, optimizer, lr_scheduler, train_data, step, config
                 )
-            interval.add(step, loss_sum, learning_rate, grad_norm, seconds=time.perf_counter() - started)
+            interval.add(step, loss_sums, learning_rate, grad_norm, seconds=time.perf_counter() - started)
             num_updates = step.number
             progress.update()
             if is_due(config.logging_steps):
@@ -81,6 +82,9 @@ def train(
                 checkpointer.stop(stop)
             if is_due(config.eval_steps):
                 validate(accelerator, model, tokenizer, validation_data, config, num_updates, stop, checkpointer)
+                if is_hopeless(checkpointer, config, num_updates):
+                    break
+        log_interval(accelerator, model, config, num_updates, interval, progress)  # open if it ended early
     except FloatingPointError as error:
         keep_last_good_model(accelerator, model, tokenizer, config, num_updates, str(error), not_finite)
     except UnwrittenLineError as error:
@@ -91,6 +95,20 @@ def train(
     checkpointer.finish()
     check_finite(accelerator, model, num_updates, not_finite)
     finish_trackers(accelerator)
+
+
+def is_hopeless(checkpointer: Checkpointer, config: TrainingConfig, step: int) -> bool:
+    """Whether early_stopping_patience validations in a row, of which the last was at this step, have brought no
+    improvement."""
+    if config.early_stopping_patience is None or checkpointer.best is None:
+        return False
+    num_validations = math.ceil((step - checkpointer.best["step"]) / config.eval_steps)
+    if num_validations < config.early_stopping_patience:
+        return False
+    if checkpointer.accelerator.is_main_process:
+        text = "step %d: no improvement since step %d: training ends early"
+        logger.info(text, step, checkpointer.best["step"])
+    return True
 
 
 def log_interval(
@@ -104,7 +122,7 @@ def log_interval(
     """Write a train line about the updates since the last one, if there are any."""
     if interval.num_examples == 0:
         return
-    metrics = interval.summarize(accelerator, accelerator.unwrap_model(model))
+    metrics = interval.summarize(accelerator, accelerator.unwrap_model(model), config)
     log_metrics(accelerator, config, step, "train", metrics)
     progress.set_postfix(loss=f"{metrics['loss']:.3f}", samples_per_second=f"{metrics['samples_per_second']:.1f}")
     interval.clear()

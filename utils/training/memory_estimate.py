@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from utils.config import TrainingConfig
 from utils.modeling.strategies import is_deepspeed, is_sharded, name_strategy
-from utils.training.step import compute_target_logits, compute_training_loss
+from utils.training.step import compute_target_logits, compute_training_losses
 
 # What is held between two updates; of other strategies all but the gradients.
 AT_REST = {
@@ -96,7 +96,11 @@ def fake_model(model: torch.nn.Module, device: torch.device, mixed_precision: st
 
 
 def measure_micro_batch(
-    accelerator: Accelerator, model: torch.nn.Module, micro_batch: MicroBatch, keep_gradients: bool | None
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    config: TrainingConfig,
+    micro_batch: MicroBatch,
+    keep_gradients: bool | None,
 ) -> tuple[int, int]:
     """Most bytes that a fake model's forward and backward pass hold beside its parameters, and how many of them are
     logits. Gradients go, one by one, into what is there or is sharded, unless they are kept; with None there is no
@@ -112,7 +116,7 @@ def measure_micro_batch(
         hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
     num_logits = num_targets * model.get_output_embeddings().weight.shape[0]
     with LiveBytes(model.parameters(), num_logits) as live, torch.set_grad_enabled(keep_gradients is not None):
-        loss = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+        loss = compute_training_losses(compute_target_logits(accelerator, model, batch), batch["targets"], config)[0]
         if keep_gradients is not None:
             loss.backward()
     for hook in hooks:
@@ -188,8 +192,8 @@ def estimate_memory(
     parts = share_out(accelerator, model)
     keep_gradients = not accumulating and not is_sharded(accelerator)
     with fake_model(model, accelerator.device, config.mixed_precision) as fake:
-        peak, logits = measure_micro_batch(accelerator, fake, training, keep_gradients)
-        no_gradients = measure_micro_batch(accelerator, fake, validation, None)[0] if validation else 0
+        peak, logits = measure_micro_batch(accelerator, fake, config, training, keep_gradients)
+        no_gradients = measure_micro_batch(accelerator, fake, config, validation, None)[0] if validation else 0
     parts |= {"activations": max(0, peak - logits - trained * keep_gradients), "logits": logits}
     at_rest = AT_REST.get(name_strategy(accelerator), ("parameters", "optimizer", "copies"))
     resting = sum(parts[name] for name in at_rest)

@@ -14,7 +14,7 @@ from utils.modeling.sharding import whole_shape
 def num_train_steps(config: TrainingConfig, num_examples: int) -> int:
     """Optimizer updates of the run."""
     steps = config.num_train_epochs * num_steps_per_epoch(num_examples, config.total_train_batch_size)
-    return config.max_train_steps or steps
+    return config.max_train_steps or math.ceil(steps)
 
 
 def build_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

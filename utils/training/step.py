@@ -30,7 +30,8 @@ def train_step(
     """Update the weights once.
 
     Returns:
-        The sum of this process's losses, still on the device; the learning rate; the gradient's norm before clipping.
+        The sums of this process's losses, see compute_training_losses, still on the device; the learning rate; the
+        gradient's norm before clipping.
 
     Raises:
         FloatingPointError: before the update, on every process, if the gradient is not finite.
@@ -38,7 +39,7 @@ def train_step(
     # Dropout depends only on seed, step and rank, so a checkpoint need not hold a generator's state.
     seed = np.random.SeedSequence([config.seed, step.number, accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1)[0]))
-    loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens)
+    loss_sums = compute_gradient(accelerator, model, step.micro_batches, step.num_target_tokens, config)
     learning_rate = lr_scheduler.get_last_lr()[0]
     grad_norm = update_weights(accelerator, model, optimizer, config.max_grad_norm)
     if not math.isfinite(grad_norm):
@@ -50,7 +51,11 @@ def train_step(
 
 
 def compute_gradient(
-    accelerator: Accelerator, model: torch.nn.Module, micro_batches: list[dict], num_target_tokens: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: list[dict],
+    num_target_tokens: int,
+    config: TrainingConfig,
 ) -> list[torch.Tensor]:
     """Accumulate the gradient of the step's loss per target token over this process's micro-batches, of which every
     process has equally many; whole gradients are synchronised once, with the last.
@@ -62,25 +67,28 @@ def compute_gradient(
     for turn, batch in enumerate(micro_batches, start=1):
         with accumulate(accelerator, model, last=turn == len(micro_batches)):
             # The logits get no name: they would live on while the backward pass needs the memory.
-            loss_sum = compute_training_loss(compute_target_logits(accelerator, model, batch), batch["targets"])
+            losses = compute_training_losses(
+                compute_target_logits(accelerator, model, batch), batch["targets"], config
+            )
             # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
-            backward(accelerator, model, loss_sum * (accelerator.num_processes / num_target_tokens))
-        loss_sums.append(loss_sum.detach())
+            backward(accelerator, model, losses[0] * (accelerator.num_processes / num_target_tokens))
+        loss_sums.append(losses.detach())
     return loss_sums
 
 
-def compute_training_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies, in nats, over a micro-batch's target tokens. A mean would weigh the tokens of a
-    micro-batch with few of them more than others.
-
-    This is what is trained on. Validation has a loss of its own, so that a change here, such as label smoothing, does
-    not change what the best model is chosen by.
+def compute_training_losses(logits: torch.Tensor, targets: torch.Tensor, config: TrainingConfig) -> torch.Tensor:
+    """(2,): sums over a micro-batch's target tokens, in nats, of the loss that is trained on and of the plain
+    cross-entropy, which validation has. A mean would weigh the tokens of a micro-batch with few of them more than
+    others.
 
     Args:
         logits: (target tokens, vocabulary), fp32.
         targets: (target tokens,).
     """
-    return cross_entropy(logits, targets, reduction="sum")
+    loss = cross_entropy(logits, targets, reduction="sum", label_smoothing=config.label_smoothing_factor)
+    if config.label_smoothing_factor == 0:
+        return torch.stack([loss, loss.detach()])
+    return torch.stack([loss, cross_entropy(logits.detach(), targets, reduction="sum")])
 
 
 def compute_target_logits(
@@ -112,5 +120,5 @@ def find_bad_examples(
     data: datasets.Dataset, micro_batches: list[np.ndarray], loss_sums: list[torch.Tensor]
 ) -> list[str]:
     """Ids of all examples, on all processes, in micro-batches whose loss is not finite."""
-    bad = [indices for indices, loss in zip(micro_batches, loss_sums, strict=True) if not torch.isfinite(loss)]
+    bad = [indices for indices, loss in zip(micro_batches, loss_sums, strict=True) if not torch.isfinite(loss).all()]
     return gather_object([data[int(index)]["id"] for indices in bad for index in indices])

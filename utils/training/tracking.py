@@ -37,7 +37,7 @@ class UnwrittenLineError(Exception):
 class Interval:
     """The updates since the last train line of metrics.jsonl. A checkpoint holds it."""
 
-    loss_sum: torch.Tensor | float = 0.0  # this process's, on the device
+    loss_sums: torch.Tensor | float = 0.0  # this process's, on the device; see compute_training_losses
     num_computed_tokens: int = 0  # this process's, padding included
     num_updates: int = 0
     num_micro_batches: int = 0  # every process has as many
@@ -49,8 +49,8 @@ class Interval:
     learning_rate: float = 0.0  # the last update's
     grad_norm: float = 0.0  # the last update's, before clipping
 
-    def add(self, step: Step, loss_sum: torch.Tensor, learning_rate: float, grad_norm: float, seconds: float):
-        self.loss_sum = self.loss_sum + loss_sum
+    def add(self, step: Step, loss_sums: torch.Tensor, learning_rate: float, grad_norm: float, seconds: float):
+        self.loss_sums = self.loss_sums + loss_sums
         self.num_updates += 1
         self.num_micro_batches += len(step.micro_batches)
         for batch in step.micro_batches:
@@ -66,16 +66,19 @@ class Interval:
         vars(self).update(vars(Interval()))
 
     def gather_sums(self) -> list[list[float]]:
-        """Each process's [loss_sum, num_computed_tokens]; every process must call it."""
-        return gather_object([[float(self.loss_sum), self.num_computed_tokens]])
+        """Each process's [*loss_sums, num_computed_tokens]; every process must call it."""
+        loss_sums = self.loss_sums.tolist() if torch.is_tensor(self.loss_sums) else [0.0, 0.0]
+        return gather_object([[*loss_sums, self.num_computed_tokens]])
 
-    def summarize(self, accelerator: Accelerator, model: torch.nn.Module) -> dict[str, float]:
-        """The train line: its loss is the mean over target tokens; every process must call it."""
+    def summarize(self, accelerator: Accelerator, model: torch.nn.Module, config: TrainingConfig) -> dict[str, float]:
+        """The train line: its losses are means over target tokens; every process must call it."""
         flops_per_source_token, flops_per_target_token = count_flops_per_token(model)
         flops = flops_per_source_token * self.num_source_tokens + flops_per_target_token * self.num_target_tokens
-        loss_sums, nums_computed_tokens = zip(*self.gather_sums(), strict=True)
+        loss_sum, plain_sum, num_computed_tokens = map(sum, zip(*self.gather_sums(), strict=True))
+        plain = {"plain_loss": plain_sum / self.num_target_tokens} if config.label_smoothing_factor else {}
         return {
-            "loss": sum(loss_sums) / self.num_target_tokens,
+            "loss": loss_sum / self.num_target_tokens,
+            **plain,
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
             "num_examples": self.num_examples,
@@ -84,7 +87,7 @@ class Interval:
             "samples_per_second": self.num_examples / self.seconds,
             "target_tokens_per_second": self.num_target_tokens / self.seconds,
             "model_flops_per_second": flops / self.seconds,
-            "padding_efficiency": (self.num_source_tokens + self.num_target_tokens) / sum(nums_computed_tokens),
+            "padding_efficiency": (self.num_source_tokens + self.num_target_tokens) / num_computed_tokens,
             "data_wait_share": self.seconds_waited / self.seconds,
             "peak_memory_mib": measure_peak_memory(accelerator),
         }
@@ -92,17 +95,19 @@ class Interval:
     def gather_state(self) -> dict[str, Any]:
         """The interval as JSON values, with each process's own sums so that a resumed run rounds alike. Every process
         must call it."""
-        return vars(self) | {"loss_sum": None, "num_computed_tokens": None, "sums": self.gather_sums()}
+        return vars(self) | {"loss_sums": None, "num_computed_tokens": None, "sums": self.gather_sums()}
 
     @classmethod
     def restore(cls, accelerator: Accelerator, saved: dict[str, Any]) -> "Interval":
         """A checkpoint's interval. If the number of processes has changed, the main process takes the totals."""
         sums = saved["sums"]
         if len(sums) != accelerator.num_processes:
-            sums = [[sum(column) for column in zip(*sums, strict=True)]] + [[0.0, 0]] * (accelerator.num_processes - 1)
-        loss_sum, num_computed_tokens = sums[accelerator.process_index]
+            totals = [sum(column) for column in zip(*sums, strict=True)]
+            sums = [totals] + [[0.0, 0.0, 0]] * (accelerator.num_processes - 1)
+        *loss_sums, num_computed_tokens = sums[accelerator.process_index]
+        loss_sums = torch.tensor(loss_sums, device=accelerator.device)
         values = {name: value for name, value in saved.items() if name != "sums"}
-        return cls(**values | {"loss_sum": loss_sum, "num_computed_tokens": num_computed_tokens})
+        return cls(**values | {"loss_sums": loss_sums, "num_computed_tokens": num_computed_tokens})
 
 
 def describe_run(
@@ -133,8 +138,8 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
         write_json(Path(config.output_dir) / MANIFEST, manifest)
         logger.info(", ".join(f"{name} {value:,}" for name, value in run.items() if isinstance(value, int)))
         if run["num_train_steps"] < FEW_STEPS and config.max_train_steps is None:
-            text = "only %d updates; more with --num_train_epochs, or a lower --total_train_batch_size"
-            logger.warning(text, run["num_train_steps"])
+            text = "only %d update%s; more with --num_train_epochs, or a lower --total_train_batch_size"
+            logger.warning(text, run["num_train_steps"], "s" * (run["num_train_steps"] != 1))
         on_cpu = accelerator.device.type == "cpu"
         if on_cpu and config.mixed_precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             logger.warning("this CPU has no instructions for bf16: --mixed_precision no is faster")
@@ -188,7 +193,7 @@ def plot_loss_curve(output_dir: str | Path):
     figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot's, which looks for a display
     axes = figure.subplots()
     for split, style in (("train", "-"), ("validation", "o-")):
-        points = [(line["step"], line["loss"]) for line in metrics if line["split"] == split]
+        points = [(line["step"], line.get("plain_loss", line["loss"])) for line in metrics if line["split"] == split]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=split)
     axes.set(xlabel="optimizer updates", ylabel="loss per target token (nats)", title=Path(output_dir).name)
