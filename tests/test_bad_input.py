@@ -3,6 +3,7 @@ only looks like a mistake, which must work."""
 
 import csv
 import dataclasses
+import gzip
 import importlib.util
 import io
 import json
@@ -164,11 +165,11 @@ BAD_FILES = {
     "wrong column in csv": (
         "rows.csv",
         b"dialogue,sumary\nHi.,A greeting.\n",
-        ", row 1: no column 'summary', only dialogue, sumary; did you mean sumary?",
+        ", row 1 (line 2): no column 'summary', only dialogue, sumary; did you mean sumary?",
     ),
-    "column name of two lines": ("rows.csv", b'"dialogue\n(text)",summary\nHi.,A greeting.\n', ", row 1: no column"),
+    "column name of two lines": ("rows.csv", b'"dialogue\n(text)",summary\nHi.,A greeting.\n', ", row 1 (line 3): no"),
     "column missing in a later row": ("rows.jsonl", lines(GOOD, {"dialogue": "Hi."}), ", row 2: no column 'summary'"),
-    "empty dialogue": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,,c\n", ", row 2, column 'dialogue': empty text"),
+    "empty dialogue": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,,c\n", ", row 2 (line 3), column 'dialogue': empty"),
     "blank summary": (
         "rows.jsonl",
         lines(GOOD, GOOD | {"summary": " \n\t"}),
@@ -232,7 +233,7 @@ BAD_FILES = {
     "row that is null": ("rows.jsonl", lines(None), ", row 1: expected an object with columns, found NoneType"),
     "undecodable csv": ("rows.csv", CSV_HEADER + "a,Hi.,é\n".encode("latin-1"), ", line 2: byte 0xe9 is not UTF-8"),
     "undecodable jsonl": ("rows.jsonl", lines(GOOD, GOOD) + b"\xff\xfe", ", line 3: byte 0xff is not UTF-8"),
-    "utf-16": ("rows.csv", CSV_HEADER.decode().encode("utf-16"), ", line 1: byte 0xff is not UTF-8"),
+    "utf-16": ("rows.csv", CSV_HEADER.decode().encode("utf-16"), ": is UTF-16: save it as UTF-8"),
     "undecodable parquet": (
         "rows.parquet",
         parquet(dialogue=NOT_UTF8_COLUMN, summary=pyarrow.array(["a", "b"])),
@@ -248,9 +249,9 @@ BAD_FILES = {
         CSV_HEADER + b'a,"Hi." she said,b\n',
         ", row 1 (line 2): broken csv: ',' expected after '\"'",
     ),
-    "too many cells": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,Hello,you,c\n", ", row 2: 4 cells, but 3 columns"),
+    "too many cells": ("rows.csv", CSV_HEADER + b"a,Hi.,b\nb,Hello,you,c\n", ", row 2 (line 3): 4 cells, but 3"),
     "column twice": ("rows.csv", CSV_HEADER.strip() + b",dialogue\n", ", line 1: column 'dialogue' is there 2 times"),
-    "too few cells": ("rows.csv", CSV_HEADER + b"a,Hi.\n", ", row 1: 2 cells, but 3 columns"),
+    "too few cells": ("rows.csv", CSV_HEADER + b"a,Hi.\n", ", row 1 (line 2): 2 cells, but 3 columns"),
     "half a surrogate pair": (
         "rows.jsonl",
         lines(GOOD, GOOD | {"summary": "Hi \ud83d."}),
@@ -266,6 +267,36 @@ BAD_FILES = {
         lines(GOOD, GOOD | {"id": "b"}, GOOD | {"dialogue": "Hello."}),
         ", row 3, column 'id': 'a' is another dialogue's in row 1",
     ),
+    "several rows": (
+        "rows.csv",
+        CSV_HEADER + b'a,"Hi.\nOh.",b\nb,,c\n,Hi.,c\nd,Hi.,\n',
+        ": 3 rows are wrong: row 2 (line 4), column 'dialogue': empty text; row 3 (line 5), column 'id': empty; fill "
+        "it, or leave the column out; row 4 (line 6), column 'summary': empty text",
+    ),
+    "more rows than are listed": (
+        "rows.jsonl",
+        lines(*[GOOD | {"summary": ""}] * 12),
+        ": 12 rows are wrong: "
+        + "; ".join(f"row {n}, column 'summary': empty text" for n in range(1, 11))
+        + "; and 2 more",
+    ),
+    "another separator": ("rows.csv", b"id;dialogue;summary\na;b;c\n", ", line 1: columns are separated by ';': exp"),
+    "tabs": ("rows.csv", b"dialogue\tsummary\nb\tc\n", ", line 1: columns are separated by '\\t': expected ','"),
+    "blanks in the header": (
+        "rows.csv",
+        b"id, dialogue, summary\na,Hi.,b\n",
+        ", row 1 (line 2): no column 'dialogue', only id, dialogue, summary; ' dialogue' has blanks around it",
+    ),
+    "an object around the rows": (
+        "rows.json",
+        json.dumps({"version": 1, "data": [GOOD]}, indent=1).encode(),
+        ": an object around the rows, which are its 'data': expected the array alone",
+    ),
+    "gzip": ("rows.csv", gzip.compress(CSV_HEADER), ": is a gzip file: unpack it"),
+    "xlsx": ("rows.csv", b"PK\x03\x04\x14\0", ": is a zip or xlsx file: save it as csv"),
+    "parquet called csv": ("rows.csv", parquet(GOOD), ": is a parquet file: name it .parquet"),
+    "no reference": ("rows.jsonl", lines(GOOD | {"summary": []}), ", row 1, column 'summary': an empty list"),
+    "empty reference": ("rows.jsonl", lines(GOOD | {"summary": ["a", " "]}), ", row 1, column 'summary': empty text"),
     "ids alike as text": (
         "rows.jsonl",
         lines(GOOD | {"id": 1}, GOOD | {"id": "1", "dialogue": "Hello."}),
@@ -290,7 +321,7 @@ def test_bad_validation_file(refuse, here, script):
     write_rows(here / "train.jsonl", make_rows(3))
     (here / "dev.csv").write_bytes(CSV_HEADER + b"a,Hi.,b\nb,Hello.,\n")
     message = refuse(script, "--train_file=train.jsonl", "--validation_file=dev.csv")
-    assert message == "dev.csv, row 2, column 'summary': empty text"
+    assert message == "dev.csv, row 2 (line 3), column 'summary': empty text"
 
 
 @pytest.mark.parametrize(
@@ -957,7 +988,7 @@ def test_ids(tmp_path):
 
 def test_columns_of_other_names(tmp_path):
     path = write_csv(tmp_path / "rows.csv", [{"Text": "Hi.", "highlights": "A greeting.", "summary": "not this"}])
-    rows = load(path, dialogue_column="Text", summary_column="highlights")
+    rows = load(path, dialogue_column="Text", summary_column=["highlights"])
     assert rows == [{"id": "train_0", "dialogue": "Hi.", "summary": "A greeting."}]
 
 

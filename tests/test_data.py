@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import DIALOGSUM, make_rows
+from conftest import DIALOGSUM, make_rows, write_rows
 from helpers import write_bart
 from transformers import AutoTokenizer
 
@@ -114,3 +114,23 @@ def test_dialogsum_test_split_has_three_references():
     dialogues = group_by_dialogue(load_rows(EvaluationConfig(test_file=str(DIALOGSUM / "test.csv")), "test"))
     assert len(dialogues) == 300 and {len(dialogue["references"]) for dialogue in dialogues} == {3}
     assert dialogues[14]["ids"][0].endswith("_1") and "how to adjust my life" in dialogues[14]["dialogue"]
+
+
+@pytest.mark.parametrize("kind", ["columns", "lists"])
+def test_several_references(tmp_path, kind):
+    """An evaluation takes all, a training the first, or all if it is told to."""
+    given = [{"id": "a", "dialogue": "Hi."}, {"id": "b", "dialogue": "Oh."}]
+    if kind == "columns":
+        rows = [row | {f"summary{n}": f"{row['id']}{n}" for n in (1, 2)} for row in given]
+        settings = {"summary_column": ["summary1", "summary2"]}
+    else:
+        rows, settings = [row | {"summary": [f"{row['id']}1", f"{row['id']}2"]} for row in given], {}
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    scored = load_rows(EvaluationConfig(test_file=file, **settings), "test")
+    assert [(row["id"], row["summary"]) for row in scored] == [("a", "a1"), ("a", "a2"), ("b", "b1"), ("b", "b2")]
+    assert [dialogue["references"] for dialogue in group_by_dialogue(scored)] == [["a1", "a2"], ["b1", "b2"]]
+    trained = load_rows(TrainingConfig(train_file=file, **settings), "train")
+    assert [row["summary"] for row in trained] == ["a1", "b1"]
+    settings["train_on_all_references"] = True
+    assert load_rows(TrainingConfig(train_file=file, **settings), "train") == scored
+    assert len(load_rows(TrainingConfig(train_file=file, **settings), "train", 1)) == 2, "the first row, with both"

@@ -54,13 +54,7 @@ class SourceConfig(Config):
     _argument_group_name = "dialogues"  # the heading of these settings in --help
 
     dialogue_column: str = setting("dialogue", "column that holds the dialogue")
-    summary_column: str = setting("summary", "column of the summary")
     max_source_length: int = setting(1024, "longest prompt, in tokens; the dialogue's end is cut")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.dialogue_column == self.summary_column:
-            raise UserError(f"--dialogue_column and --summary_column are both {self.summary_column!r}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,15 @@ class DataConfig(Config):
     train_file: str | None = setting(None, "csv, jsonl, json or parquet file to train on, instead of the hub's")
     validation_file: str | None = setting(None, "file for the validation loss")
     test_file: str | None = setting(None, "file that evaluate_rouge.py scores; the training scripts do not read it")
+    summary_column: list[str] = setting(
+        ["summary"], "column that holds the summary, or several, or one that holds lists: references of one dialogue"
+    )
     max_eval_samples: int | None = setting(None, "validate on, or score, the first N rows only")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dialogue_column in self.summary_column:
+            raise UserError(f"--dialogue_column and --summary_column are both {self.dialogue_column!r}")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ class OptimizationConfig(Config):
     max_target_length: int = setting(128, "longest summary, in tokens; the end is cut")
     source_prefix: str = setting(DEFAULT_PROMPT.source_prefix, "what the prompt says before the dialogue")
     source_suffix: str = setting(DEFAULT_PROMPT.source_suffix, "what the prompt says after it; never cut")
+    train_on_all_references: bool = setting(
+        False, "make a row of each of a dialogue's references, instead of its first alone"
+    )
     max_train_samples: int | None = setting(None, "train on the first N rows only")
     num_train_epochs: int_or_float = setting(1, "passes over the training set, also 0.5 or 2.5")
     max_train_steps: int | None = setting(None, "optimizer updates, instead of num_train_epochs")
@@ -329,6 +334,7 @@ class TextsConfig(Config):
         None, "txt file of one dialogue, or csv, jsonl, json or parquet; without it, one dialogue is read from stdin"
     )
     output_file: str | None = setting(None, "csv or jsonl file; without it, one summary is written to stdout")
+    summary_column: str = setting("summary", "column of output_file for the summaries")
     overwrite_output_file: bool = setting(False, "replace an output_file that is there")
     demo: bool = setting(False, "summarise the demo's test rows with its LoRA model: no network")
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.config import SummaryConfig, UserError
-from utils.data.rows import iterate_file, read_text
+from utils.data.rows import Place, iterate_file, read_text
 from utils.files import write_parts
 from utils.generation.partial_texts import Summary
 from utils.launch.output_dir import check_writable
@@ -41,13 +41,13 @@ def check_files(config: SummaryConfig):
         raise UserError(f"--output_file {target}: unknown kind of file {target.suffix!r}; use .csv or .jsonl")
     check_output_file(config)
     num_rows = num_empty = 0
-    for number, row in iterate_file(source, in_parts=True):
+    for place, row in iterate_file(source, in_parts=True):
         num_rows += 1
-        num_empty += not find_text(config, number, row)
+        num_empty += not find_text(config, place, row)
         for name in (config.summary_column, TRUNCATED):
             if name in row:
                 advice = "; --summary_column can name another" if name == config.summary_column else "; rename it"
-                raise UserError(f"{source}, row {number}: has a column {name!r}, which is the output's{advice}")
+                raise UserError(f"{source}, {place}: has a column {name!r}, which is the output's{advice}")
     if num_rows == 0:
         raise UserError(f"{source} holds no rows")
 
@@ -61,9 +61,9 @@ def check_output_file(config: SummaryConfig):
     check_writable(target.parent, "output_file")
 
 
-def find_text(config: SummaryConfig, number: int, row: Any) -> str:
+def find_text(config: SummaryConfig, place: Place, row: Any) -> str:
     """A row's dialogue, which may be empty; UserError if it is no text."""
-    where = f"{config.input_file}, row {number}"
+    where = f"{config.input_file}, {place}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with columns, found {type(row).__name__}")
     value = row.get(config.dialogue_column)
@@ -99,7 +99,7 @@ def read_in_parts(config: SummaryConfig) -> Iterator[dict[bytes, str]]:
     """The dialogues of so many rows by their SHA-256, the empty ones left out."""
     rows = iterate_file(Path(config.input_file), in_parts=True)
     while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        texts = (find_text(config, number, row) for number, row in part)
+        texts = (find_text(config, place, row) for place, row in part)
         yield {digest(text): text for text in texts if text}
 
 
@@ -118,11 +118,11 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary]):
 
     def add_summaries() -> Iterator[dict[str, Any]]:
         nonlocal num_rows, num_empty, num_cut
-        for number, row in iterate_file(Path(config.input_file), in_parts=True):
-            text = find_text(config, number, row)
+        for place, row in iterate_file(Path(config.input_file), in_parts=True):
+            text = find_text(config, place, row)
             summary = summaries.get(digest(text)) if text else empty
             if summary is None:
-                raise UserError(f"{config.input_file}, row {number}: was changed while it was summarised")
+                raise UserError(f"{config.input_file}, {place}: was changed while it was summarised")
             num_rows, num_empty, num_cut = num_rows + 1, num_empty + (not text), num_cut + summary.source_truncated
             yield row | {config.summary_column: summary.text, TRUNCATED: summary.source_truncated}
 

@@ -64,11 +64,11 @@ def split_name(word: str) -> tuple[str | None, Path]:
 def read_models(name: str | None, path: Path) -> dict[str, list[dict[str, Any]]]:
     """The file's rows by model: `name` if there is one, with the row's own model if the file holds several; else the
     row's model, or the file's stem."""
-    numbered_rows = read_file(path)
-    if not numbered_rows:
+    rows_of_file = read_file(path)
+    if not rows_of_file:
         raise UserError(f"{path} holds no rows")
-    for number, row in numbered_rows:
-        where = f"{path}, row {number}"
+    for place, row in rows_of_file:
+        where = f"{path}, {place}"
         for column, types in (("id", str | int), ("prediction", str)):
             if not isinstance(row, dict) or not isinstance(row.get(column), types):
                 raise UserError(f"{where}, column {column!r}: expected text")
@@ -78,9 +78,9 @@ def read_models(name: str | None, path: Path) -> dict[str, list[dict[str, Any]]]
         if not isinstance(row.get("truncated"), bool | None):
             raise UserError(f"{where}, column 'truncated': expected true or false, got {row['truncated']!r}")
     by_model = {}
-    for number, row in numbered_rows:
+    for place, row in rows_of_file:
         model = str(row.get("model") or path.stem)
-        by_model.setdefault(model, []).append(row | {"number": number})
+        by_model.setdefault(model, []).append(row | {"place": place})
     if name is None:
         return by_model
     return {f"{name}/{model}" if len(by_model) > 1 else name: rows for model, rows in by_model.items()}
@@ -94,7 +94,7 @@ def choose_rows(
     chosen, seen, unknown, doubled, differing, moved = {}, set(), [], [], [], []
     for row in rows:
         row_id = str(row["id"])
-        named = f"{row_id!r} in row {row['number']}"
+        named = f"{row_id!r} in {row['place']}"
         if row_id not in known_ids:
             unknown.append(named)
         elif row_id in seen:
