@@ -20,7 +20,7 @@ from utils.launch.script import run_script
 from utils.modeling.export import export_model, set_generation_config
 from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_tokenizer
-from utils.modeling.lora import add_lora, load_frozen_base, merge_adapter
+from utils.modeling.lora import add_lora, load_frozen_base, merge_adapter, use_settings_of_adapter
 from utils.modeling.strategies import start_accelerator
 from utils.training.batch_size import choose_batch_size
 from utils.training.checkpointing import Checkpointer
@@ -31,6 +31,7 @@ from utils.training.tracking import describe_run, finish_run, start_run
 
 
 def main(config: LoraTrainingConfig):
+    config = use_settings_of_adapter(config)
     check_output_dir(config)
     train_rows = load_rows(config, "train", config.max_train_samples)
     validation_rows = load_rows(config, "validation", config.max_eval_samples, not config.needs_validation)

@@ -525,8 +525,21 @@ def test_another_prompt(paths, stopped):
 
 
 def test_another_number_of_steps(paths, stopped):
-    with pytest.raises(UserError, match="num_train_steps was 12 and is 13$"):
+    reason = "the linear schedule depends on it, constant does not"
+    with pytest.raises(UserError, match=f"num_train_steps was 12 and is 13; {reason}$"):
         resume("full", paths, stopped["full"], max_train_steps=13)
+
+
+def test_more_steps_where_the_schedule_allows_it(paths, tmp_path):
+    """Even of a run that has finished; the weights are those of a run that was as long from the start."""
+    settings = {"lr_scheduler_type": "constant"}
+    assert train("full", paths, tmp_path / "whole", max_train_steps=9, **settings) == 0
+    assert train("full", paths, tmp_path / "longer", max_train_steps=5, **settings) == 0
+    assert resume("full", paths, tmp_path / "longer", max_train_steps=9, **settings) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("longer", "whole"))
+    assert all(tensor.equal(ours[name]) for name, tensor in theirs.items())
+    with pytest.raises(UserError, match="num_train_steps was 9 and is 4$"):
+        resume("full", paths, tmp_path / "longer", max_train_steps=4, **settings)
 
 
 def test_another_rank(paths, stopped):

@@ -143,3 +143,36 @@ def test_an_adapter_whose_base_has_moved(flan_t5, data_files, tmp_path):
     with torch.no_grad():
         difference = model(ids, labels=ids).logits - expected.eval()(input_ids=ids, labels=ids).logits
     assert difference.abs().max() < 1e-5
+
+
+def test_an_adapter_is_trained_further(flan_t5, data_files, tmp_path):
+    """From its weights, with its settings, and on the base that is named now."""
+    common = {"mixed_precision": "no", "learning_rate": 0.02}
+    first = common | {"max_train_steps": 4, "lora_r": 3, "lora_alpha": 9, "lora_target_modules": ["v", "wo"]}
+    before = train_in_process(train_lora, LoraTrainingConfig, flan_t5, data_files, tmp_path / "first", **first)
+    base = tmp_path / "moved"
+    base.symlink_to(flan_t5)
+    more = common | {"max_train_steps": 2, "adapter_name_or_path": str(tmp_path / "first")}
+    after = train_in_process(train_lora, LoraTrainingConfig, base, data_files, tmp_path / "more", **more)
+    assert after["validation"][0]["loss"] == before["validation"][-1]["loss"]
+    assert after["validation"][-1]["loss"] < after["validation"][0]["loss"]
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "more")]
+    assert configs[1].pop("base_model_name_or_path") == str(flan_t5.resolve())
+    configs[0].pop("base_model_name_or_path")
+    assert configs[0] | {"inference_mode": None} == configs[1] | {"inference_mode": None}
+    settings = json.loads((tmp_path / "more" / "run_manifest.json").read_text())["settings"]
+    assert (settings["lora_r"], settings["lora_alpha"], settings["lora_target_modules"]) == (3, 9, ["v", "wo"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./none", "--adapter_name_or_path ./none: no such folder"),
+        ("MODEL", "--adapter_name_or_path .*: cannot be loaded"),
+    ],
+)
+def test_an_adapter_that_is_none(flan_t5, data_files, tmp_path, path, message):
+    settings = {"adapter_name_or_path": path.replace("MODEL", str(flan_t5))}
+    with pytest.raises(UserError, match=message):
+        train_in_process(train_lora, LoraTrainingConfig, flan_t5, data_files, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()

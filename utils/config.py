@@ -214,6 +214,9 @@ class AdapterConfig(Config):
     _argument_group_name = "LoRA"
     _have_limits = ("lora_dropout", "loraplus_lr_ratio")
 
+    adapter_name_or_path: str | None = setting(
+        None, "go on training this adapter of model_name_or_path; its own rank, alpha, dropout and so on are used"
+    )
     lora_r: int = setting(32, "rank of the adapter's matrices")
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = setting(0.1, "dropout on the adapter's input")

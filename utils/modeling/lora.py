@@ -1,5 +1,6 @@
 """What train_lora.py has and train_full.py has not: a frozen base, an adapter on it, and the two merged into one."""
 
+import dataclasses
 import importlib.util
 import logging
 from pathlib import Path
@@ -7,15 +8,16 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import LoraTrainingConfig, UserError
 from utils.files import make_folder, write_json
+from utils.launch.hub import explain_hub_errors
 from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
 from utils.launch.times import timed
 from utils.modeling.export import set_generation_config, write_model
-from utils.modeling.loading import load_model
+from utils.modeling.loading import check_adapter, check_folder, check_patterns, load_model
 from utils.modeling.sharding import without_zero3
 from utils.modeling.strategies import is_sharded
 
@@ -59,6 +61,8 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
             f"--model_name_or_path {config.model_name_or_path}: holds an adapter, and a second one on it could not "
             "name its base: train on the first one's base, or on a full model"
         )
+    if config.adapter_name_or_path:
+        return load_trainable_adapter(model, config)
     names = [name for name, _ in model.named_modules()]
     targets = config.lora_target_modules
     if targets == ["all-linear"]:
@@ -76,6 +80,35 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
         return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {error}") from error
+
+
+def use_settings_of_adapter(config: LoraTrainingConfig) -> LoraTrainingConfig:
+    """The config with the settings of --adapter_name_or_path, if there is one, in place of its own."""
+    path = config.adapter_name_or_path
+    if path is None:
+        return config
+    check_folder(path, "adapter_name_or_path")
+    with explain_hub_errors("adapter_name_or_path", path, "model"):
+        adapter = PeftConfig.from_pretrained(path)
+    if not isinstance(adapter, LoraConfig):
+        raise UserError(f"--adapter_name_or_path {path}: {adapter.peft_type.value} is not LoRA")
+    targets = adapter.target_modules
+    return dataclasses.replace(
+        config, lora_r=adapter.r, lora_alpha=adapter.lora_alpha, lora_dropout=adapter.lora_dropout,
+        lora_target_modules=[targets] if isinstance(targets, str) else sorted(targets),
+        use_rslora=adapter.use_rslora, use_dora=adapter.use_dora,
+    )  # fmt: skip
+
+
+def load_trainable_adapter(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
+    path = config.adapter_name_or_path
+    with explain_hub_errors("adapter_name_or_path", path, "model"):
+        check_patterns(PeftConfig.from_pretrained(path), model, f"--adapter_name_or_path {path}")
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
+    check_adapter(adapted, Path(path) / "adapter_model.safetensors", "adapter_name_or_path")
+    # It may have been moved since; what is exported names the one that it was trained on last.
+    adapted.peft_config["default"].base_model_name_or_path = model.name_or_path
+    return adapted
 
 
 @timed("merge")

@@ -152,10 +152,20 @@ def choose_checkpoint(
             continue
         for text in damage:
             logger.warning("%s: resuming from %s", text, folder.name)
+        if is_longer(config, state, run):
+            unknown = (*unknown, "num_train_steps")
         if differences := describe_differences(state["run"], run, unknown):
-            raise UserError(f"--resume_from_checkpoint {folder}: it is of another run: {differences}")
+            reason = ""
+            if "num_train_steps" in differences and config.lr_scheduler_type != "constant":
+                reason = f"; the {config.lr_scheduler_type} schedule depends on it, constant does not"
+            raise UserError(f"--resume_from_checkpoint {folder}: it is of another run: {differences}{reason}")
         return folder, state
     raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
+
+
+def is_longer(config: TrainingConfig, state: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether the run has more updates than its checkpoint knew of, which changes nothing in those already done."""
+    return config.lr_scheduler_type == "constant" and run["num_train_steps"] >= state["step"]
 
 
 def describe_differences(before: dict[str, Any], now: dict[str, Any], unknown: tuple[str, ...] = ()) -> str:
@@ -213,8 +223,8 @@ FREE_SETTINGS = {
     "train_file", "validation_file", "test_file", "dialogue_column", "summary_column", "max_train_samples",
     "max_eval_samples", "num_train_epochs", "max_train_steps", "demo",
     "per_device_train_batch_size", "per_device_eval_batch_size", "attn_implementation", "gradient_checkpointing",
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "merge_into",
-    "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "adapter_name_or_path", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "load_best_model_at_end", "merge_into", "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit",
     "max_time", "preflight", "report_to", "deterministic",
 }  # fmt: skip
 
@@ -224,7 +234,12 @@ def identity_settings(config: TrainingConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
 
 
-def fingerprint_model(model: torch.nn.Module) -> str:
-    """Of the weights that training starts from, without a LoRA adapter's; every process must call it."""
-    weights = ((name, gather_tensor(p)) for name, p in model.named_parameters() if ".lora_" not in name)
+def fingerprint_model(model: torch.nn.Module, with_adapter: bool) -> str:
+    """Of the weights that training starts from; every process must call it.
+
+    Args:
+        with_adapter: whether a LoRA adapter's count, which otherwise follow from the seed.
+    """
+    parameters = [(name, p) for name, p in model.named_parameters() if with_adapter or ".lora_" not in name]
+    weights = ((name, gather_tensor(p)) for name, p in parameters)
     return hash_weights(weights)[:16]

@@ -54,7 +54,8 @@ class Checkpointer:
         """
         self.accelerator, self.config = accelerator, config
         self.output_dir, self.checkpoints_dir = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
-        self.run = run = {**identity_settings(config), "model_fingerprint": fingerprint_model(model), **run}
+        fingerprint = fingerprint_model(model, with_adapter=getattr(config, "adapter_name_or_path", None) is not None)
+        self.run = run = {**identity_settings(config), "model_fingerprint": fingerprint, **run}
         self.folder, self.state, is_done, error = None, None, False, None
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
         self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
