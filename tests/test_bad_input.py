@@ -393,7 +393,7 @@ BAD_TRAINING_VALUES = {
     "--mixed_precision=fp16": f"--mixed_precision fp16: {FP16_REASON}",
     "--mixed_precision=fp8": "argument --mixed_precision/--mixed-precision: invalid choice: 'fp8'",
     "--lr_scheduler_type=step": "argument --lr_scheduler_type/--lr-scheduler-type: invalid choice: 'step'",
-    "--report_to=mlflow": "argument --report_to/--report-to: invalid choice: 'mlflow'",
+    "--report_to=comet": "argument --report_to/--report-to: invalid choice: 'comet'",
     "--num_beams=4": "unknown setting --num_beams=4",
     "--warmup_ratio=0.1 --lr_scheduler_type=constant": (
         "--warmup_ratio 0.1 needs --lr_scheduler_type constant_with_warmup"

@@ -118,8 +118,13 @@ def test_peak_memory_is_this_process_own():
 
 
 def test_tracker_gets_what_metrics_jsonl_says(flan_t5, data_files, tmp_path):
-    metrics = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path, report_to="tensorboard")
-    events = EventAccumulator(str(tmp_path / "tracker" / "dialogsum")).Reload()
+    settings = {"report_to": "tensorboard", "project_name": "mine", "run_name": "first", "max_train_steps": 3}
+    settings["metric_for_best_model"] = "rouge1"
+    metrics = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path, **settings)
+    events = EventAccumulator(str(tmp_path / "tracker" / "mine" / "first")).Reload()
+    assert [event.step for event in events.Scalars("validation/rouge1")] == [0, 3]
+    (sample, _) = events.Tensors("validation/samples/text_summary")
+    assert f"reference: {make_rows(1, seed=1)[0]['summary']}\nsummary: " in sample.tensor_proto.string_val[0].decode()
     for split in ("train", "validation"):
         logged = [(event.step, event.value) for event in events.Scalars(f"{split}/loss")]
         assert logged == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in metrics[split]]

@@ -189,7 +189,11 @@ class CheckpointConfig(Config):
     )
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker, beside metrics.jsonl")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
+        "none", "tracker, beside metrics.jsonl"
+    )
+    project_name: str = setting("dialogsum", "the tracker's project, or mlflow's experiment")
+    run_name: str | None = setting(None, "the tracker's name of the run")
 
     def __post_init__(self):
         super().__post_init__()

@@ -50,10 +50,14 @@ def tokenize_prompts(
 def explain_cache_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (*DISK_ERRORS, errno.ENOLCK):
+    except (OSError, ValueError) as error:
+        # The writer of datasets, closing a file that it could not write, hides the disk's error behind its own.
+        cause = error
+        while cause and getattr(cause, "errno", None) not in (*DISK_ERRORS, errno.ENOLCK):
+            cause = cause.__context__
+        if cause is None:
             raise
-        text = f"the cache {folder}: {os.strerror(error.errno)}; HF_HOME or HF_DATASETS_CACHE can name another folder"
+        text = f"the cache {folder}: {os.strerror(cause.errno)}; HF_HOME or HF_DATASETS_CACHE can name another folder"
         raise UserError(text) from error
 
 

@@ -23,7 +23,7 @@ from utils.modeling.sharding import find_not_finite
 from utils.training.checkpointing import Checkpointer
 from utils.training.optimization import num_train_steps
 from utils.training.step import train_step
-from utils.training.tracking import Interval, UnwrittenLineError, finish_trackers, log_metrics
+from utils.training.tracking import Interval, UnwrittenLineError, finish_trackers, log_metrics, log_samples
 from utils.training.validation import evaluate_loss, score_sample
 
 logger = logging.getLogger(__name__)
@@ -146,9 +146,12 @@ def validate(
     if metrics is None:
         checkpointer.save(step)  # and validate again when resumed
         checkpointer.stop(stop)
+    samples = []
     if config.metric_for_best_model != "loss":
-        metrics |= score_sample(accelerator, model, tokenizer, data, config)
+        score, samples = score_sample(accelerator, model, tokenizer, data, config)
+        metrics |= score
     log_metrics(accelerator, config, step, "validation", metrics)
+    log_samples(accelerator, config, step, samples)
     if step > 0:
         value = metrics[config.metric_for_best_model]
         checkpointer.save_if_best(step, value if config.metric_for_best_model == "loss" else -value)

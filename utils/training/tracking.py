@@ -146,7 +146,12 @@ def start_run(accelerator: Accelerator, config: TrainingConfig, checkpoint: Path
     if config.report_to != "none":
         plain = (int, float, str)
         flat = {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
-        accelerator.init_trackers("dialogsum", flat)
+        project, named = config.project_name, {}
+        if config.run_name and config.report_to == "tensorboard":
+            project = f"{project}/{config.run_name}"  # the folder's name is the run's
+        elif config.run_name:
+            named = {"run_name" if config.report_to == "mlflow" else "name": config.run_name}
+        accelerator.init_trackers(project, flat, init_kwargs={config.report_to: named})
 
 
 def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, split: str, metrics: dict[str, float]):
@@ -163,6 +168,13 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
     if error:
         raise UnwrittenLineError(error)
     accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+
+
+def log_samples(accelerator: Accelerator, config: TrainingConfig, step: int, samples: list[tuple[str, str]]):
+    """Tell the tracker some (reference, summary), if it takes texts."""
+    if config.report_to in ("tensorboard", "wandb", "trackio"):
+        text = "\n\n".join(f"reference: {reference}\nsummary: {summary}" for reference, summary in samples)
+        accelerator.log({"validation/samples": text}, step=step)
 
 
 def finish_run(accelerator: Accelerator, config: TrainingConfig, run: dict[str, Any]):

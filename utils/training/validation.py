@@ -21,6 +21,8 @@ from utils.modeling.passes import evaluating
 from utils.scoring.rouge import score_texts
 from utils.training.step import compute_target_logits, find_bad_examples
 
+NUM_SAMPLES = 3
+
 
 def compute_validation_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross-entropies, in nats, over a micro-batch's target tokens.
@@ -68,8 +70,9 @@ def score_sample(
     tokenizer: PreTrainedTokenizerBase,
     data: datasets.Dataset,
     config: TrainingConfig,
-) -> dict[str, float]:
-    """The ROUGE that metric_for_best_model names: its mean over greedy summaries of the first 64 validation rows."""
+) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """The ROUGE that metric_for_best_model names, its mean over greedy summaries of the first 64 validation rows; and
+    NUM_SAMPLES of them as (reference, summary)."""
     sample = data[:64]
     settings = EvaluationConfig(
         max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.eval_batch_size
@@ -80,4 +83,5 @@ def score_sample(
         summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], batches, settings)
     references = [[text] for text in tokenizer.batch_decode(sample["labels"], skip_special_tokens=True)]
     scores = score_texts([summary.text for summary in summaries], references, use_stemmer=False)
-    return {config.metric_for_best_model: float(np.mean(scores[config.metric_for_best_model]))}
+    samples = [(texts[0], s.text) for texts, s in zip(references, summaries, strict=True)][:NUM_SAMPLES]
+    return {config.metric_for_best_model: float(np.mean(scores[config.metric_for_best_model]))}, samples
