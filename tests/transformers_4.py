@@ -1,5 +1,5 @@
-"""Folders written here, loaded by transformers 4.57: the same tokens and the same loss. Run by hand, since it installs
-another version of the library into a virtual environment of its own (some minutes, and a package registry):
+"""Folders written here, loaded by transformers 4.57: the same tokens, loss and generated text. Run by hand, since it
+installs another version of the library into a virtual environment of its own (some minutes, and a package registry):
 
 python tests/transformers_4.py
 """
@@ -17,6 +17,7 @@ import transformers
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
@@ -40,7 +41,8 @@ def measure(folders: list[str]):
         labels = tokenizer(text_target=summary, return_tensors="pt").input_ids
         with torch.no_grad():
             loss = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
-        tokens = [*inputs.input_ids[0].tolist(), *labels[0].tolist()]
+            ids = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(folder))[0].tolist()
+        tokens = [*inputs.input_ids[0].tolist(), *labels[0].tolist(), *ids]
         found[Path(folder).name] = {"tokens": tokens, "loss": loss.item()}
     print(json.dumps({"version": transformers.__version__, "found": found}))  # noqa: T201  read by the other process
 
