@@ -104,12 +104,14 @@ def write_model(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """In words that transformers 4 reads as well: it knows no TokenizersBackend, and T5's tokens by their old name."""
+    """In words that transformers 4 reads as well: it knows no TokenizersBackend, T5's tokens by their old name, and
+    gives a tokenizer without a class of its own token types, which generate() refuses, unless it is told not to."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("model_input_names", tokenizer.model_input_names)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(path, config)
