@@ -145,6 +145,7 @@ def test_settings_named_in_readme_exist():
     known = set().union(*(config.__dataclass_fields__ for config in CONFIGS.values())) | {"config", "help"}
     launcher = {"config_file", "num_processes", "nodes", "gpus-per-node", "array", "signal"}
     launcher |= {"num_machines", "machine_rank", "main_process_ip", "exclude"}
+    launcher |= {"partition", "account", "qos", "mem", "export", "container-image"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", "".join(READMES.values())))
     assert named <= known | launcher
 
