@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate_rouge  # noqa: F401
+import summarize  # noqa: F401
 import train_full  # noqa: F401  what the children run, imported ahead
 import train_lora  # noqa: F401
 

@@ -1,5 +1,5 @@
-"""Kill a training, a merge and an evaluation at each of their file operations, let the operation fail, or take the
-power away; then repeat the command.
+"""Kill a training, a merge, an evaluation and summarize.py at each of their file operations, let the operation fail, or
+take the power away; then repeat the command.
 
     python tests/inject_faults.py [--fault kill EIO ENOSPC power] [--every 1] [--first 1]
 
@@ -74,10 +74,15 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
         f"--models=model={folder / 'model'}", f"--test_file={folder / 'validation.jsonl'}", "--max_new_tokens=4",
         "--per_device_eval_batch_size=1", f"--output_dir={folder / 'run' / 'out'}",
     ]  # fmt: skip
+    summaries = [
+        f"--model={folder / 'model'}", f"--input_file={folder / 'validation.jsonl'}", "--summary_column=generated",
+        "--max_new_tokens=4", "--per_device_eval_batch_size=1", f"--output_file={folder / 'run' / 'out' / 'out.csv'}",
+    ]  # fmt: skip
     return {
         "full": ["train_full.py", *training, "--load_best_model_at_end=true"],
         "LoRA and merge": ["train_lora.py", *training, f"--merge_into={folder / 'run' / 'merged'}"],
         "evaluation": ["evaluate_rouge.py", *evaluation],
+        "summaries": ["summarize.py", *summaries],
     }
 
 
@@ -163,7 +168,7 @@ def inject(
         text = log.read_text()
         if "Traceback" in text or status not in (0, 2, -signal.SIGKILL):
             return f"exit code {status}: {text.strip().splitlines()[-1]}"
-        if again := run(order):
+        if (again := run(order)) and not (status == 0 and "is there already" in log.read_text()):
             return f"the repeated command ended with {again}: {log.read_text().strip().splitlines()[-1]}"
         return compare(folder, expected, fault, text if fault in ("EIO", "ENOSPC") and status == 0 else "")
 

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from utils.config import SummaryConfig, UserError
 from utils.data.rows import Place, iterate_file, read_text
 from utils.files import write_parts
-from utils.generation.partial_texts import Summary
+from utils.generation.partial_texts import Summary, find_partial_files
 from utils.launch.output_dir import check_writable
 from utils.prompting import clean_text
 
@@ -56,7 +56,8 @@ def check_output_file(config: SummaryConfig):
     target = Path(config.output_file)
     if target.is_dir() or target.resolve() == Path(config.input_file).resolve():
         raise UserError(f"--output_file {target}: is {'a folder' if target.is_dir() else 'the --input_file'}")
-    if target.exists() and not config.overwrite_output_file:
+    # With partial texts beside it, it is of a run that was killed before it had removed them.
+    if target.exists() and not config.overwrite_output_file and not find_partial_files(config.partial_texts):
         raise UserError(f"--output_file {target} is there already: take another, or --overwrite_output_file")
     check_writable(target.parent, "output_file")
 
