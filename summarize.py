@@ -20,7 +20,14 @@ from accelerate import Accelerator
 
 from utils.generation.partial_texts import Summary, remove_batches
 from utils.generation.summaries import choose_dtype, load_summarizer
-from utils.generation.texts import check_files, check_output_file, read_in_parts, read_one, write_summaries
+from utils.generation.texts import (
+    check_files,
+    check_output_file,
+    is_finished,
+    read_in_parts,
+    read_one,
+    write_summaries,
+)
 from utils.launch.locks import lock_output_file
 from utils.launch.processes import start_evaluation
 from utils.launch.script import run_script
@@ -34,19 +41,21 @@ def main(config: SummaryConfig):
         summarize_one(accelerator, config)
     else:
         with lock_output_file(accelerator, Path(config.output_file), lambda: check_output_file(config)):
-            summarize_file(accelerator, config)
+            if not is_finished(accelerator, config):
+                summarize_file(accelerator, config)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 
 
 def summarize_one(accelerator: Accelerator, config: SummaryConfig):
     dialogue = read_one(accelerator, config)
-    summary = load_summarizer(accelerator, config)([dialogue])[dialogue]
+    summarize, _ = load_summarizer(accelerator, config)
+    summary = summarize([dialogue])[dialogue]
     if accelerator.is_main_process:
         sys.stdout.write(f"{summary.text}\n")
 
 
 def summarize_file(accelerator: Accelerator, config: SummaryConfig):
-    summarize = load_summarizer(accelerator, config)
+    summarize, model_hash = load_summarizer(accelerator, config)
     summaries: dict[bytes, Summary] = {}  # by the SHA-256 of the dialogue
     for dialogues in read_in_parts(config):
         new = {key: dialogue for key, dialogue in dialogues.items() if key not in summaries}
@@ -54,7 +63,7 @@ def summarize_file(accelerator: Accelerator, config: SummaryConfig):
             found = summarize(list(new.values()))
             summaries |= {key: found[dialogue] for key, dialogue in new.items()}
     if accelerator.is_main_process:
-        write_summaries(config, summaries)
+        write_summaries(config, summaries, model_hash)
         remove_batches(config.partial_texts)
 
 

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_rows_keep_their_columns_and_order(model, rows, tmp_path, monkeypatch, s
     expected = expect(model, [row["dialogue"] for row in rows[:7]])
     assert [row["summary"] for row in found] == [*(expected[row["dialogue"]] for row in rows[:7]), "", ""]
     assert len({row["summary"] for row in found}) > 3, "the texts tell the dialogues apart"
-    assert {path.name for path in tmp_path.iterdir()} == {source, target}
+    assert {path.name for path in tmp_path.iterdir()} == {source, target, f"{target}.manifest.json"}
 
 
 def test_a_dialogue_is_summarised_once(model, rows, tmp_path, monkeypatch):
@@ -205,6 +206,29 @@ def test_what_changes_meanwhile_is_not_written_over(model, rows, tmp_path, monke
     assert not target.exists()
 
 
+def test_repeated(model, rows, tmp_path, caplog):
+    """A finished run says so and changes nothing; it is refused if what it was made from has changed."""
+    caplog.set_level("INFO", logger="utils")
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    model = shutil.copytree(model, tmp_path / "model")
+    first = summarize_file(model, source, target)
+    before = target.stat().st_mtime_ns
+    assert summarize_file(model, source, target) == first
+    assert target.stat().st_mtime_ns == before
+    assert caplog.messages[-1] == f"{target} is there, finished; --overwrite_output_file would make it again"
+    with pytest.raises(UserError, match="is there already"):
+        summarize_file(model, source, target, max_new_tokens=8)
+    for path, what in ((source, "input"), (target, "output"), (model / "model.safetensors", "model_hash")):
+        content = path.read_bytes()
+        changed = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]  # a weight
+        path.write_bytes(changed if path.suffix == ".safetensors" else content.replace(b": 1,", b": 11,"))
+        with pytest.raises(UserError, match=f"of the same settings, but has another {what}: take another file, or --"):
+            summarize_file(model, source, target)
+        path.write_bytes(content)
+    assert summarize_file(model, source, target, overwrite_output_file=True) == first
+    assert target.stat().st_mtime_ns != before
+
+
 @pytest.mark.slow
 def test_killed_and_repeated_on_two_processes(model, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [{"dialogue": row["dialogue"]} for row in make_rows(300)])
@@ -233,4 +257,9 @@ def test_killed_and_repeated_on_two_processes(model, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "texts are there from an earlier run" in again.stderr
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole.jsonl", "killed.jsonl"}
+    outputs = {"whole.jsonl", "killed.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.jsonl",
+        *outputs,
+        *(f"{x}.manifest.json" for x in outputs),
+    }

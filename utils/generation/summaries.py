@@ -77,20 +77,26 @@ def load_models(config: EvaluationConfig) -> Iterator[tuple[str, PreTrainedModel
         del model  # before the next one is loaded
 
 
-def load_summarizer(accelerator: Accelerator, config: SummaryConfig) -> Callable[[list[str]], dict[str, Summary]]:
-    """A function of dialogues that gives each one's summary, on every process."""
+def load_summarizer(
+    accelerator: Accelerator, config: SummaryConfig
+) -> tuple[Callable[[list[str]], dict[str, Summary]], str]:
+    """A function of dialogues that gives each one's summary, on every process; and the model's hash."""
+    model, tokenizer, model_hash = load_with_hash(config)
+    kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
+
+    def summarize(dialogues: list[str]) -> dict[str, Summary]:
+        return generate_summaries(accelerator, model, tokenizer, dialogues, config, "summaries", kept, model_hash)
+
+    return summarize, model_hash
+
+
+def load_with_hash(config: SummaryConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     check_folder(config.model, "model", "; make it with: accelerate launch train_lora.py" + " --demo" * config.demo)
     tokenizer = load_tokenizer(config.model, "model")
     model = load_model(
         config.model, config.attn_implementation, torch.float32, "model", base_model=config.base_model_name_or_path
     )
-    kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
-    model_hash = hash_model(model, tokenizer)
-
-    def summarize(dialogues: list[str]) -> dict[str, Summary]:
-        return generate_summaries(accelerator, model, tokenizer, dialogues, config, "summaries", kept, model_hash)
-
-    return summarize
+    return model, tokenizer, hash_model(model, tokenizer)
 
 
 def generate_summaries(

@@ -1,6 +1,7 @@
 """Dialogues without references from a file or stdin, and their summaries to a file."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -16,9 +17,11 @@ from accelerate.utils import broadcast_object_list
 
 from utils.config import SummaryConfig, UserError
 from utils.data.rows import Place, iterate_file, read_text
-from utils.files import write_parts
+from utils.files import describe_file, write_json, write_parts
 from utils.generation.partial_texts import Summary, find_partial_files
+from utils.generation.summaries import load_with_hash
 from utils.launch.output_dir import check_writable
+from utils.launch.script import describe_software
 from utils.prompting import clean_text
 
 logger = logging.getLogger(__name__)
@@ -56,10 +59,61 @@ def check_output_file(config: SummaryConfig):
     target = Path(config.output_file)
     if target.is_dir() or target.resolve() == Path(config.input_file).resolve():
         raise UserError(f"--output_file {target}: is {'a folder' if target.is_dir() else 'the --input_file'}")
-    # With partial texts beside it, it is of a run that was killed before it had removed them.
-    if target.exists() and not config.overwrite_output_file and not find_partial_files(config.partial_texts):
+    is_own = find_partial_files(config.partial_texts) or read_manifest(config)  # killed at its end, or finished
+    if target.exists() and not config.overwrite_output_file and not is_own:
         raise UserError(f"--output_file {target} is there already: take another, or --overwrite_output_file")
     check_writable(target.parent, "output_file")
+
+
+def manifest_path(config: SummaryConfig) -> Path:
+    return Path(f"{config.output_file}.manifest.json")
+
+
+def read_manifest(config: SummaryConfig) -> dict[str, Any] | None:
+    """What the same command, by its settings, has noted of its output; None if there is nothing."""
+    try:
+        manifest = json.loads(manifest_path(config).read_bytes())
+        settings = dataclasses.asdict(config).items()
+        # What auto became is in the manifest.
+        same = all(
+            value == "auto" or manifest["settings"].get(name) == value
+            for name, value in settings
+            if name != "overwrite_output_file"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return manifest if same else None
+
+
+def is_finished(accelerator: Accelerator, config: SummaryConfig) -> bool:
+    """Whether output_file is what this very run has left when it finished. UserError, on every process, if model,
+    input or output have changed since."""
+    is_done, error = False, None
+    if accelerator.is_main_process and not config.overwrite_output_file and Path(config.output_file).exists():
+        before = read_manifest(config)
+        if before and not find_partial_files(config.partial_texts):
+            now = describe_summaries(config, load_with_hash(config)[2])
+            changed = [name for name in ("input", "output", "model_hash") if before.get(name) != now[name]]
+            is_done = not changed
+            if changed:
+                error = (
+                    f"--output_file {config.output_file} is of the same settings, but has another "
+                    f"{', '.join(changed)}: take another file, or --overwrite_output_file"
+                )
+            else:
+                text = "%s is there, finished; --overwrite_output_file would make it again"
+                logger.info(text, config.output_file)
+    is_done, error = broadcast_object_list([is_done, error])
+    if error:
+        raise UserError(error)
+    return is_done
+
+
+def describe_summaries(config: SummaryConfig, model_hash: str) -> dict[str, Any]:
+    return {
+        "input": describe_file(Path(config.input_file)), "output": describe_file(Path(config.output_file)),
+        "model_hash": model_hash, "settings": dataclasses.asdict(config), **describe_software(),
+    }  # fmt: skip
 
 
 def find_text(config: SummaryConfig, place: Place, row: Any) -> str:
@@ -108,8 +162,9 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary]):
-    """Write output_file: each row of input_file in its order, with its summary and whether the dialogue was cut.
+def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary], model_hash: str):
+    """Write output_file: each row of input_file in its order, with its summary and whether the dialogue was cut. Then
+    its manifest, by which the same command repeated knows it.
 
     Args:
         summaries: by the SHA-256 of the dialogue.
@@ -137,7 +192,9 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary]):
         lines = (format_csv_line(row, names) for row in itertools.chain(header, add_summaries()))
     else:
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in add_summaries())
+    manifest_path(config).unlink(missing_ok=True)
     write_parts(target, (line.encode() for line in lines))
+    write_json(manifest_path(config), describe_summaries(config, model_hash))
     text = "%s: %d rows, of which %d are empty and %d were cut at %d tokens"
     logger.info(text, target, num_rows, num_empty, num_cut, config.max_source_length)
 
