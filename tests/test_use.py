@@ -87,7 +87,7 @@ def test_the_card(trained):
         card = (trained / name / CARD).read_text()
         metadata = yaml.safe_load(card.split("---\n")[1])
         assert metadata == {"library_name": library, "pipeline_tag": "summarization"}
-        assert f"# {name}\n" in card and "on 40 examples of `train.jsonl, test.jsonl`" in card
+        assert f"# {name}\n" in card and "on 40 examples of `train.jsonl`" in card
         assert "| learning_rate | 0.004 |" in card and ("| lora_r | 32 |" in card) == (name != "full")
         metrics = read_jsonl(trained / ("full" if name == "full" else "lora") / "metrics.jsonl")
         assert f"| validation loss per target token, in nats | {metrics[-1]['loss']:.4f} (update 6) |" in card

@@ -6,16 +6,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from utils.config import SPLITS, LoraTrainingConfig, TrainingConfig
+from utils.config import LoraTrainingConfig, TrainingConfig
 from utils.files import write_file
 from utils.launch.output_dir import CARD, CARD_MARK, is_own_card
 
 SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
 SETTINGS = (
     "num_train_epochs", "max_train_steps", "total_train_batch_size", "learning_rate", "lr_scheduler_type",
-    "warmup_ratio", "weight_decay", "max_grad_norm", "max_source_length", "max_target_length", "mixed_precision",
-    "seed", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
-    "loraplus_lr_ratio", "load_in_4bit",
+    "warmup_ratio", "weight_decay", "max_grad_norm", "label_smoothing_factor", "max_source_length",
+    "max_target_length", "mixed_precision", "seed", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "use_rslora", "use_dora", "loraplus_lr_ratio", "load_in_4bit",
 )  # fmt: skip
 
 
@@ -28,13 +28,11 @@ def write_model_card(config: TrainingConfig, run: dict[str, Any], folder: Path, 
     if (folder / CARD).exists() and not is_own_card(folder / CARD):
         return
     base, is_lora = Path(config.model_name_or_path), isinstance(config, LoraTrainingConfig)
-    files = {split: getattr(config, f"{split}_file") for split in SPLITS}
-    from_hub = not any(files.values())
     base_name = base.resolve().name if base.exists() else base
-    data = config.dataset_name if from_hub else ", ".join(Path(file).name for file in files.values() if file)
+    data = Path(config.train_file).name if config.train_file else config.dataset_name
     metadata = ModelCardData(
         base_model=None if base.exists() else config.model_name_or_path,
-        datasets=[config.dataset_name] if from_hub else None,
+        datasets=None if config.train_file else [config.dataset_name],
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="summarization",
     )
@@ -75,7 +73,8 @@ def describe_use(folder: Path, config: TrainingConfig) -> list[str]:
 
 
 def describe_training(config: TrainingConfig, run: dict[str, Any]) -> list[str]:
-    settings = {name: getattr(config, name) for name in SETTINGS if getattr(config, name, None) not in (None, False)}
+    settings = {name: getattr(config, name, None) for name in SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     settings.pop("num_train_epochs" if config.max_train_steps else "", None)
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     metrics = [json.loads(line) for line in text.splitlines()]
