@@ -55,7 +55,7 @@ def test_a_process_whose_others_never_come_gives_up():
     others = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     run = run_command(sys.executable, "-c", code, ACCELERATE_USE_CPU="true", **others)
     assert run.returncode == 2
-    text = "error: process 1 of 2: the others have not all come to 127.0.0.1:9 within 0.05 minutes"
+    text = "-c: error: process 1 of 2: the others did not all connect to 127.0.0.1:9 within 0.05 minutes"
     assert run.stderr.splitlines()[-1] == text
     assert time.monotonic() - started < 120  # the imports, beside other tests
 

@@ -176,3 +176,44 @@ def test_an_adapter_that_is_none(flan_t5, data_files, tmp_path, path, message):
     with pytest.raises(UserError, match=message):
         train_in_process(train_lora, LoraTrainingConfig, flan_t5, data_files, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_early_end_is_found_again_on_resume(flan_t5, data_files, tmp_path, monkeypatch):
+    """The run that is resumed at the update at which it had ended does not train on."""
+    evaluate = train_full.train.__globals__["evaluate_loss"]
+    losses = iter([5.0, 3.0, 4.0, 4.0])
+    monkeypatch.setitem(
+        train_full.train.__globals__, "evaluate_loss", lambda *given: evaluate(*given) | {"loss": next(losses)}
+    )
+    settings = {"max_train_steps": 9, "eval_steps": 2, "checkpointing_steps": 2, "early_stopping_patience": 1}
+    settings |= {"mixed_precision": "no", "resume_from_checkpoint": "latest"}
+    train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path, **settings)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    metrics = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path, **settings)
+    assert metrics["validation"][-1]["step"] == metrics["train"][-1]["step"] == 4
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert "4 updates; " in (tmp_path / "README.md").read_text()
+
+
+def test_an_adapter_brings_its_prompt_and_is_never_replaced(flan_t5, data_files, tmp_path):
+    common = {"mixed_precision": "no", "max_train_steps": 1}
+    first = common | {"source_prefix": "TLDR of: "}
+    train_in_process(train_lora, LoraTrainingConfig, flan_t5, data_files, tmp_path / "first", **first)
+    more = common | {"adapter_name_or_path": str(tmp_path / "first")}
+    train_in_process(train_lora, LoraTrainingConfig, flan_t5, data_files, tmp_path / "more", **more)
+    assert json.loads((tmp_path / "more" / "generation_config.json").read_text())["source_prefix"] == "TLDR of: "
+    more["overwrite_output_dir"] = True
+    with pytest.raises(UserError, match="first is the --adapter_name_or_path: take another folder"):
+        train_in_process(train_lora, LoraTrainingConfig, flan_t5, data_files, tmp_path / "first", **more)
+
+
+def test_a_finished_run_is_not_replaced_by_a_resumed_one(flan_t5, data_files, tmp_path):
+    """Which has the same settings and begins from a checkpoint elsewhere."""
+    settings = {"mixed_precision": "no", "max_train_steps": 2, "checkpointing_steps": 1}
+    for name in ("here", "there"):
+        train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / name, **settings)
+    settings["resume_from_checkpoint"] = str(tmp_path / "there" / "checkpoints" / "step_000001")
+    with pytest.raises(UserError, match="holds a run already"):
+        train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "here", **settings)
+    assert (tmp_path / "here" / "model.safetensors").exists()

@@ -154,9 +154,17 @@ MISTAKES = {
     "no input_file": ({"input_file": None}, "--output_file needs an --input_file of rows; the summary of one"),
     "output of another kind": ({"output_file": "out.txt"}, "--output_file out.txt: unknown kind of file '.txt'; use"),
     "input of another kind": ({"input_file": "in.xlsx"}, "in.xlsx: unknown kind of file '.xlsx'; use .csv, .jsonl"),
-    "one file for both": ({"output_file": "in.jsonl"}, "--output_file in.jsonl: is the --input_file"),
-    "output is there": ({"output_file": "old.csv"}, "--output_file old.csv is there already: take another, or --over"),
-    "output is a folder": ({"output_file": "dir.csv"}, "--output_file dir.csv: is a folder"),
+    "one file for both": ({"output_file": "in.jsonl"}, "--output_file in.jsonl: in.jsonl is the --input_file"),
+    "output is there": ({"output_file": "old.csv"}, "--output_file old.csv: old.csv is there already: take"),
+    "output is a folder": ({"output_file": "dir.csv"}, "--output_file dir.csv: dir.csv is a folder"),
+    "no such folder": ({"output_file": "no/out.csv"}, "--output_file no/out.csv: there is no folder no"),
+    "a name too long": ({"output_file": "a" * 240 + ".csv"}, f"--output_file {'a' * 240}.csv"),
+    "another's manifest": ({"output_file": "x.csv"}, "--output_file x.csv: x.csv.manifest.json is there already"),
+    "another's part": ({"output_file": "y.csv"}, "--output_file y.csv: y.csv.part is a folder"),
+    "input as manifest": (
+        {"input_file": "z.jsonl.manifest.json", "output_file": "z.jsonl"},
+        "--output_file z.jsonl: z.jsonl.manifest.json is the --input_file",
+    ),
     "no such column": ({"dialogue_column": "dialog"}, "in.jsonl, row 1: no column 'dialog', only id, dialogue; did"),
     "no text": ({"dialogue_column": "id"}, "in.jsonl, row 2, column 'id': expected text, found int '7'"),
     "column of the output's": ({"summary_column": "id"}, "in.jsonl, row 1: has a column 'id', which is the output's"),
@@ -171,7 +179,10 @@ def test_mistakes(model, tmp_path, monkeypatch, mistake):
     write_rows(Path("in.jsonl"), [{"id": "a", "dialogue": "Hi."}, {"id": 7, "dialogue": "Oh."}])
     for name in ("empty.jsonl", "old.csv", "in.xlsx"):
         Path(name).touch()
-    Path("dir.csv").mkdir()
+    for name in ("dir.csv", "y.csv.part"):
+        Path(name).mkdir()
+    write_rows(Path("x.csv.manifest.json"), [{"mine": 1}])
+    write_rows(Path("z.jsonl.manifest.json"), [{"dialogue": "Hi."}])
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     settings, message = MISTAKES[mistake]
     settings = {"model": str(model), "input_file": "in.jsonl", "output_file": "out.jsonl"} | settings
@@ -218,11 +229,11 @@ def test_repeated(model, rows, tmp_path, caplog):
     assert caplog.messages[-1] == f"{target} is there, finished; --overwrite_output_file would make it again"
     with pytest.raises(UserError, match="is there already"):
         summarize_file(model, source, target, max_new_tokens=8)
-    for path, what in ((source, "input"), (target, "output"), (model / "model.safetensors", "model_hash")):
+    for path, what in ((source, "input"), (target, "output"), (model / "model.safetensors", "model")):
         content = path.read_bytes()
         changed = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]  # a weight
         path.write_bytes(changed if path.suffix == ".safetensors" else content.replace(b": 1,", b": 11,"))
-        with pytest.raises(UserError, match=f"of the same settings, but has another {what}: take another file, or --"):
+        with pytest.raises(UserError, match=f"was made with these settings, but the {what} has changed since: take"):
             summarize_file(model, source, target)
         path.write_bytes(content)
     assert summarize_file(model, source, target, overwrite_output_file=True) == first
@@ -263,3 +274,27 @@ def test_killed_and_repeated_on_two_processes(model, tmp_path):
         *outputs,
         *(f"{x}.manifest.json" for x in outputs),
     }
+
+
+def test_another_commands_batches_are_not_this_ones(model, rows, tmp_path):
+    """A file of the user's own is not taken for that of a run that was stopped."""
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "own.csv"
+    target.write_text("mine")
+    (tmp_path / "own.csv.partial-0.jsonl").touch()
+    (tmp_path / "own.csv.partial-01234567-0.jsonl").touch()
+    with pytest.raises(UserError, match="is there already"):
+        summarize_file(model, source, target)
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model", "input_file", "output_file", "summary_column"])
+def test_empty_settings(name):
+    with pytest.raises(UserError, match=f"--{name} is empty"):
+        SummaryConfig(**{name: ""})
+
+
+def test_half_a_surrogate_pair_in_another_column(model, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"dialogue": "Hi.", "note": "\ud83d"}])
+    with pytest.raises(UserError, match="in.jsonl, row 1, column 'note': half a surrogate pair"):
+        summarize_file(model, source, tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

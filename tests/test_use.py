@@ -96,6 +96,16 @@ def test_the_card(trained):
         assert f"| {name} | average | {100 * scores['average']['rouge1']['value']:.2f} " in card
 
 
+def test_scores_of_other_systems_do_not_reach_a_card(trained, tmp_path):
+    texts = write_rows(tmp_path / "texts.jsonl", [{"id": row["id"], "prediction": "Hi."} for row in make_rows(5)])
+    words = ("evaluate_rouge.py", "--test_file", trained / "test.jsonl", "--output_dir", tmp_path / "out")
+    run = run_script(*words, "--predictions_file", texts)
+    assert run.returncode == 0, run.stderr
+    refused = run_script(*words, "--report_only", "--add_to_card")
+    assert refused.returncode == 2
+    assert f"--add_to_card: {tmp_path / 'out'} holds scores of --predictions_file, not of models" in refused.stderr
+
+
 def test_a_card_of_ones_own_stays(trained, flan_t5, tmp_path):
     """Also under --overwrite_output_dir; ours is written anew."""
     words = (

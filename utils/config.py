@@ -1,6 +1,7 @@
 """Settings: one flat dataclass per script, with a part for each heading of --help. command_line.py reads them."""
 
 import difflib
+import hashlib
 import math
 import os
 import re
@@ -185,7 +186,7 @@ class CheckpointConfig(Config):
     )
     load_best_model_at_end: bool = setting(False, "export the best model instead of the last")
     early_stopping_patience: int | None = setting(
-        None, "end when so many validations in a row have not improved metric_for_best_model"
+        None, "stop after this many validations in a row without improvement in metric_for_best_model"
     )
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
@@ -219,7 +220,7 @@ class AdapterConfig(Config):
     _have_limits = ("lora_dropout", "loraplus_lr_ratio")
 
     adapter_name_or_path: str | None = setting(
-        None, "go on training this adapter of model_name_or_path; its own rank, alpha, dropout and so on are used"
+        None, "go on training this adapter of model_name_or_path, with its own rank, alpha, dropout, prompt and so on"
     )
     lora_r: int = setting(32, "rank of the adapter's matrices")
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r")
@@ -263,7 +264,7 @@ class DecodingConfig(Config):
     max_new_tokens: int = setting(128, "longest generated summary, in tokens")
     min_new_tokens: int | None = setting(None, "shortest generated summary, in tokens; by default the model's own")
     no_repeat_ngram_size: int | None = setting(
-        None, "no run of so many tokens comes twice in a summary; by default the model's own setting"
+        None, "no sequence of this many tokens is repeated in a summary; by default the model's own setting"
     )
     num_beams: int = setting(1, "beams of the search; 1 is greedy")
     length_penalty: float = setting(1.0, "with beams: above 0 favours longer texts, below 0 shorter ones")
@@ -345,13 +346,26 @@ class TextsConfig(Config):
     overwrite_output_file: bool = setting(False, "replace an output_file that is there")
     demo: bool = setting(False, "summarise the demo's test rows with its LoRA model: no network")
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("model", "input_file", "output_file", "summary_column"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is empty")
+        if self.summary_column == "truncated":
+            raise UserError("--summary_column: 'truncated' is the name of another column of the output")
+
 
 @dataclass(frozen=True)
 class SummaryConfig(TextsConfig, DecodingConfig, DeviceConfig, SourceConfig):
+    _not_of_texts = ("dtype", "overwrite_output_file")  # auto becomes a dtype once the device is known
+
     @property
     def partial_texts(self) -> Path | None:
         """Of the files of finished batches, what their names begin with; None if there are to be none."""
-        return Path(f"{self.output_file}.partial") if self.output_file else None
+        # By settings, so that another command's are not taken for this one's.
+        settings = sorted((name, value) for name, value in vars(self).items() if name not in self._not_of_texts)
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+        return Path(f"{self.output_file}.partial-{digest}") if self.output_file else None
 
 
 def parse_duration(text: str) -> int:

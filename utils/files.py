@@ -26,15 +26,19 @@ def write_parts(path: Path, parts: Iterable[bytes]):
     """The same for content that comes in parts."""
     unfinished = path.with_name(path.name + ".part")
     try:
+        if unfinished.is_symlink():
+            unfinished.unlink()  # what it leads to is not ours
         with unfinished.open("wb") as file:
             for part in parts:
                 file.write(part)
         flush_to_disk(unfinished)
         unfinished.replace(path)
         flush_to_disk(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow.parquet
 
-from utils.config import SPLITS, DataConfig, UserError, nearest
+from utils.config import SPLITS, DataConfig, TrainingConfig, UserError, nearest
 from utils.launch.hub import explain_hub_errors
 from utils.launch.times import timed
 from utils.prompting import clean_text
@@ -81,7 +81,7 @@ def iterate_file(path: Path, in_parts: bool = False) -> Iterator[tuple[Place, An
     """As read_file, row by row.
 
     Args:
-        in_parts: whether the caller keeps but a part of the rows, so that MOST_BYTES bound a part and not the file.
+        in_parts: whether the caller keeps only some of the rows at a time, which MOST_BYTES bound then, not the file.
     """
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".jsonl", ".json", ".parquet"):
@@ -106,7 +106,7 @@ def iterate_file(path: Path, in_parts: bool = False) -> Iterator[tuple[Place, An
                         yield Place(number), parse_json(line.removesuffix("\n"), path, number)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, OverflowError, pyarrow.ArrowException) as error:
         if isinstance(error, UnicodeDecodeError) and suffix != ".parquet":
             raise UserError(describe_wrong_byte(path)) from error
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
@@ -145,6 +145,9 @@ def describe_wrong_byte(path: Path) -> str:
 def iterate_parquet(path: Path, in_parts: bool) -> Iterator[tuple[Place, dict[str, Any]]]:
     number = num_bytes = 0
     with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: column {twice[0]!r} is there {names.count(twice[0])} times")
         # In parts: a file of some kilobytes can hold one long text a million times.
         for batch in file.iter_batches(batch_size=256):
             num_bytes = batch.nbytes + (0 if in_parts else num_bytes)
@@ -193,8 +196,9 @@ def parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[Place, dict[st
 def check_rows(
     places_and_rows: Iterable[tuple[Place, Any]], source: str, split: str, config: DataConfig
 ) -> list[dict]:
-    """Rows of `id`, `dialogue` and `summary` under these names, one for each reference; those without an id are named
-    by split and number. UserError with the first NUM_NAMED mistakes."""
+    """Rows of `id`, `dialogue` and `summary` under these names; those without an id are named by split and number. Of
+    several references an evaluation's row has all as `references`, and a training has a row of the first, or of each.
+    UserError with the first NUM_NAMED mistakes."""
     rows, place_of, mistakes = [], {}, []
     for place, given in places_and_rows:
         try:
@@ -202,10 +206,16 @@ def check_rows(
             first_place, first_dialogue = place_of.setdefault(row_id, (place, dialogue))
             if dialogue != first_dialogue:
                 raise UserError(f"{place}, column 'id': {row_id!r} is another dialogue's in {first_place}")
-            rows += [{"id": row_id, "dialogue": dialogue, "summary": summary} for summary in summaries]
+            row = {"id": row_id, "dialogue": dialogue, "summary": summaries[0]}
+            if not isinstance(config, TrainingConfig):
+                rows.append(row | ({"references": summaries} if len(summaries) > 1 else {}))
+            else:
+                rows += [
+                    row | {"summary": text} for text in summaries[: None if config.train_on_all_references else 1]
+                ]
         except UserError as error:
             mistakes.append(str(error))
-            if ": no column " in mistakes[0]:  # which all other rows would repeat
+            if place.number == 1 and ": no column " in mistakes[0]:  # which the others would repeat
                 break
     if len(mistakes) == 1:
         raise UserError(f"{source}, {mistakes[0]}")
@@ -233,7 +243,7 @@ def read_row(given: Any, place: Place, split: str, config: DataConfig) -> tuple[
     if not row_id.strip():
         raise UserError(f"{place}, column 'id': empty; fill it, or leave the column out")
     check_encodable(row_id, "id", str(place))
-    return row_id, dialogue, summaries if getattr(config, "train_on_all_references", True) else summaries[:1]
+    return row_id, dialogue, summaries
 
 
 def read_text(row: dict, column: str, name: str, where: str) -> str:
@@ -266,5 +276,5 @@ def group_by_dialogue(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
         empty = {"id": row["id"], "dialogue": row["dialogue"], "ids": [], "references": []}
         group = groups.setdefault(row["dialogue"], empty)
         group["ids"].append(row["id"])
-        group["references"].append(row["summary"])
+        group["references"] += row.get("references", [row["summary"]])
     return list(groups.values())

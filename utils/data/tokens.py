@@ -39,8 +39,11 @@ def tokenize_prompts(
     suffix_ids = tokenizer(prompt.source_suffix).input_ids
     if suffix_ids[0] == tokenizer.bos_token_id:  # BART's, which starts a text
         suffix_ids = suffix_ids[1:]
-    if max_length <= len(suffix_ids):
-        raise UserError(f"--max_source_length must be over {len(suffix_ids)}, got {max_length}")
+    shortest = len(tokenizer(build_prompt("", prompt)).input_ids)
+    if max_length <= shortest:
+        raise UserError(
+            f"--max_source_length must be over {shortest}, the prompt without a dialogue; got {max_length}"
+        )
     prompt_ids = tokenizer([build_prompt(dialogue, prompt) for dialogue in dialogues]).input_ids
     cut = [ids if len(ids) <= max_length else ids[: max_length - len(suffix_ids)] + suffix_ids for ids in prompt_ids]
     return cut, [len(ids) for ids in prompt_ids]

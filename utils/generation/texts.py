@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.config import SummaryConfig, UserError
-from utils.data.rows import Place, iterate_file, read_text
+from utils.data.rows import Place, check_encodable, iterate_file, read_text
 from utils.files import describe_file, write_json, write_parts
-from utils.generation.partial_texts import Summary, find_partial_files
+from utils.generation.partial_texts import Summary, find_partial_files, mark_unfinished
 from utils.generation.summaries import load_with_hash
-from utils.launch.output_dir import check_writable
+from utils.launch.output_dir import check_path, check_writable
 from utils.launch.script import describe_software
 from utils.prompting import clean_text
 
@@ -34,19 +34,21 @@ def check_files(config: SummaryConfig):
     source, target = config.input_file and Path(config.input_file), config.output_file and Path(config.output_file)
     if source and not source.is_file():
         raise UserError(f"--input_file {source}: {'not a file' if source.exists() else 'no such file'}")
-    if source is None or source.suffix == ".txt":
+    if source is None or source.suffix.lower() == ".txt":
         if target:
             raise UserError("--output_file needs an --input_file of rows; the summary of one dialogue goes to stdout")
         return
     if not target:
         raise UserError(f"--output_file is missing: a csv or jsonl file for the summaries of {source}")
-    if target.suffix not in (".csv", ".jsonl"):
+    if target.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"--output_file {target}: unknown kind of file {target.suffix!r}; use .csv or .jsonl")
     check_output_file(config)
     num_rows = num_empty = 0
     for place, row in iterate_file(source, in_parts=True):
         num_rows += 1
         num_empty += not find_text(config, place, row)
+        for name, value in row.items():
+            check_encodable(json.dumps({name: value}, ensure_ascii=False, default=str), name, f"{source}, {place}")
         for name in (config.summary_column, TRUNCATED):
             if name in row:
                 advice = "; --summary_column can name another" if name == config.summary_column else "; rename it"
@@ -56,12 +58,20 @@ def check_files(config: SummaryConfig):
 
 
 def check_output_file(config: SummaryConfig):
-    target = Path(config.output_file)
-    if target.is_dir() or target.resolve() == Path(config.input_file).resolve():
-        raise UserError(f"--output_file {target}: is {'a folder' if target.is_dir() else 'the --input_file'}")
+    target, source = Path(config.output_file), Path(config.input_file).resolve()
+    if not target.parent.is_dir():
+        raise UserError(f"--output_file {target}: there is no folder {target.parent}")
+    batches = Path(f"{config.partial_texts}-0.jsonl")
+    check_path(batches, "output_file")  # the longest name
     is_own = find_partial_files(config.partial_texts) or read_manifest(config)  # killed at its end, or finished
-    if target.exists() and not config.overwrite_output_file and not is_own:
-        raise UserError(f"--output_file {target} is there already: take another, or --overwrite_output_file")
+    for path in (target, manifest_path(config), target.with_name(f"{target.name}.part"), batches):
+        check_path(path, "output_file")
+        if path.is_dir() or path.resolve() == source:
+            raise UserError(f"--output_file {target}: {path} is {'a folder' if path.is_dir() else 'the --input_file'}")
+        if path.exists() and not config.overwrite_output_file and not is_own:
+            raise UserError(
+                f"--output_file {target}: {path} is there already: take another, or --overwrite_output_file"
+            )
     check_writable(target.parent, "output_file")
 
 
@@ -93,12 +103,13 @@ def is_finished(accelerator: Accelerator, config: SummaryConfig) -> bool:
         before = read_manifest(config)
         if before and not find_partial_files(config.partial_texts):
             now = describe_summaries(config, load_with_hash(config)[2])
-            changed = [name for name in ("input", "output", "model_hash") if before.get(name) != now[name]]
+            names = {"model_hash": "the model", "input": "the input", "output": "the output"}
+            changed = " and ".join(words for name, words in names.items() if before.get(name) != now[name])
             is_done = not changed
             if changed:
                 error = (
-                    f"--output_file {config.output_file} is of the same settings, but has another "
-                    f"{', '.join(changed)}: take another file, or --overwrite_output_file"
+                    f"--output_file {config.output_file} was made with these settings, but {changed} has changed "
+                    "since: take another file, or --overwrite_output_file"
                 )
             else:
                 text = "%s is there, finished; --overwrite_output_file would make it again"
@@ -151,7 +162,7 @@ def read_one(accelerator: Accelerator, config: SummaryConfig) -> str:
 
 
 def read_in_parts(config: SummaryConfig) -> Iterator[dict[bytes, str]]:
-    """The dialogues of so many rows by their SHA-256, the empty ones left out."""
+    """The dialogues of up to ROWS_AT_ONCE rows at a time by their SHA-256, the empty ones left out."""
     rows = iterate_file(Path(config.input_file), in_parts=True)
     while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
         texts = (find_text(config, place, row) for place, row in part)
@@ -183,7 +194,7 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary], mode
             yield row | {config.summary_column: summary.text, TRUNCATED: summary.source_truncated}
 
     target = Path(config.output_file)
-    if target.suffix == ".csv":
+    if target.suffix.lower() == ".csv":
         columns = dict.fromkeys(
             name for _, row in iterate_file(Path(config.input_file), in_parts=True) for name in row
         )
@@ -192,7 +203,7 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary], mode
         lines = (format_csv_line(row, names) for row in itertools.chain(header, add_summaries()))
     else:
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in add_summaries())
-    manifest_path(config).unlink(missing_ok=True)
+    mark_unfinished(config.partial_texts)  # there may be no finished batch that says whose output it is
     write_parts(target, (line.encode() for line in lines))
     write_json(manifest_path(config), describe_summaries(config, model_hash))
     text = "%s: %d rows, of which %d are empty and %d were cut at %d tokens"
@@ -200,11 +211,13 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary], mode
 
 
 def format_csv_line(row: dict[str, Any], names: list[str]) -> str:
-    """Texts as they are, nothing where there is no value, and all else as JSON."""
-    cells = (row.get(name) for name in names)
+    """Nothing where there is no value, JSON for what JSON has, and all else as text."""
+
+    def format_cell(cell: Any) -> str:
+        if isinstance(cell, bool | int | float | list | dict):
+            return json.dumps(cell, ensure_ascii=False, default=str)
+        return "" if cell is None else str(cell)
+
     line = io.StringIO()
-    csv.writer(line).writerow(
-        "" if cell is None else cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
-        for cell in cells
-    )
+    csv.writer(line).writerow(format_cell(row.get(name)) for name in names)
     return line.getvalue()

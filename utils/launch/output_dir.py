@@ -47,14 +47,17 @@ def check_output_dir(config: Any):
     if not config.output_dir:
         raise UserError("--output_dir is empty")
     check_path(folder, "output_dir")
-    model = getattr(config, "model_name_or_path", "")
-    if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
-        raise UserError(f"--output_dir {folder} is the --model_name_or_path: take another folder")
+    for setting in ("model_name_or_path", "adapter_name_or_path"):
+        model = getattr(config, setting, None)
+        if model and Path(model).is_dir() and Path(model).resolve() == folder.resolve():
+            raise UserError(f"--output_dir {folder} is the --{setting}: take another folder")
     for name in ("STOP", *RUN_FILES):
         if (folder / name).is_dir():
             raise UserError(f"--output_dir {folder}: {name} in it is a folder: remove it, or take another")
     held = find_run_files(folder)
-    for setting in ("model_name_or_path", "train_file", "validation_file", "test_file", "predictions_file"):
+    for setting in (
+        "model_name_or_path", "adapter_name_or_path", "train_file", "validation_file", "test_file", "predictions_file",
+    ):  # fmt: skip
         value = getattr(config, setting, None) or ()
         for name in [value] if isinstance(value, str) else value:
             read = Path(name.rpartition("=")[2] if setting == "predictions_file" else name).resolve()
@@ -80,7 +83,9 @@ def check_output_dir(config: Any):
 def check_merge_dir(config: Any):
     folder = Path(config.merge_into)
     check_path(folder, "merge_into")
-    for setting in ("output_dir", "model_name_or_path"):
+    for setting in ("output_dir", "model_name_or_path", "adapter_name_or_path"):
+        if not getattr(config, setting):
+            continue
         other = Path(getattr(config, setting)).resolve()
         if folder.resolve() in (other, *other.parents) and (setting == "output_dir" or other.exists()):
             raise UserError(f"--merge_into {folder} is or holds the --{setting}: take another folder")
@@ -99,8 +104,9 @@ def is_own_merge(config: Any) -> bool:
         record = json.loads((Path(config.merge_into) / MERGED_FROM).read_bytes())
     except (OSError, ValueError):
         return False
-    is_repeated = config.resume_from_checkpoint is not None or read_finished(config) is not None
-    return is_repeated and record == describe_merge(config)
+    checkpoint = config.resume_from_checkpoint
+    is_resumed = checkpoint == "latest" or (checkpoint and is_in(Path(checkpoint), config.output_dir))
+    return bool(is_resumed or read_finished(config)) and record == describe_merge(config)
 
 
 def describe_merge(config: Any) -> dict[str, str]:
@@ -147,6 +153,8 @@ def is_in(checkpoint: Path, output_dir: str) -> bool:
 def read_finished(config: Any) -> dict[str, Any] | None:
     """What the same command, by its settings, left as its record when it finished; None if there is no such record."""
     is_training = isinstance(config, TrainingConfig)
+    if getattr(config, "resume_from_checkpoint", None) not in (None, "latest"):
+        return None
     try:
         record = json.loads((Path(config.output_dir) / (MANIFEST if is_training else RESULTS)).read_bytes())
         has_finished = "finished" in record if is_training else not any(Path(config.output_dir).glob(PARTIAL_TEXTS))

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -88,8 +89,8 @@ def start_processes(**settings: object) -> Accelerator:
 def give_up():
     here = [os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     sys.stderr.write(
-        "error: process {} of {}: the others have not all come to {}:{} within {} minutes\n".format(
-            *here, MINUTES_TO_MEET
+        "{}: error: process {} of {}: the others did not all connect to {}:{} within {} minutes\n".format(
+            Path(sys.argv[0]).name, *here, MINUTES_TO_MEET
         )
     )
     sys.stderr.flush()

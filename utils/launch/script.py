@@ -72,7 +72,7 @@ def run(main: Callable[[Any], None], config_class: type, demo_file: str) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        return report_mistake(f"{error.filename or config.output_dir}: {error.strerror}")
+        return report_mistake(f"{error.filename or getattr(config, 'output_dir', 'stdout')}: {error.strerror}")
 
 
 def report_mistake(text: str) -> int:
@@ -84,7 +84,8 @@ def report_mistake(text: str) -> int:
     rank = os.environ.get("RANK", "0")
     process = f"process {rank}: " if rank != "0" else ""
     behind_a_bar = rank != "0" and sys.stderr.isatty()  # the main process's, which is still there
-    line = f"{Path(sys.argv[0]).name}: error: {process}{' '.join(text.split())}\n"
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    line = f"{Path(sys.argv[0]).name}: error: {process}{shown}\n"
     sys.stderr.write("\n" * behind_a_bar + line)
     return 2
 

@@ -21,7 +21,7 @@ from utils.launch.output_dir import UNCHECKED, find_checkpoints
 from utils.launch.times import timed
 from utils.modeling.loading import keep_untied_head
 from utils.modeling.sharding import gather_tensor, without_zero3
-from utils.prompting import Prompt
+from utils.prompting import DEFAULT_PROMPT, Prompt, find_prompt
 
 logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -37,6 +37,9 @@ def set_generation_config(model: PreTrainedModel | PeftModel, config: TrainingCo
     """Have stock generate() write what evaluate_rouge.py does: greedily, texts as long as a target may be. The prompt
     stands beside."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = find_prompt(model.generation_config)
+    if before not in (config.prompt, DEFAULT_PROMPT):
+        logger.info("the model was trained with another prompt, %r and %r around the dialogue", *before)
     chosen = {
         name: value for name, value in model.generation_config.to_diff_dict().items() if name not in OF_OTHER_DECODING
     }

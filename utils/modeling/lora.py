@@ -9,7 +9,8 @@ import datasets
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from utils.config import LoraTrainingConfig, UserError
 from utils.files import make_folder, write_json
@@ -20,6 +21,7 @@ from utils.modeling.export import set_generation_config, write_model
 from utils.modeling.loading import check_adapter, check_folder, check_patterns, load_model
 from utils.modeling.sharding import without_zero3
 from utils.modeling.strategies import is_sharded
+from utils.prompting import find_prompt
 
 logger = logging.getLogger(__name__)
 NUM_COMPARED = 4  # training examples that the merged model must agree on
@@ -88,15 +90,18 @@ def use_settings_of_adapter(config: LoraTrainingConfig) -> LoraTrainingConfig:
     if path is None:
         return config
     check_folder(path, "adapter_name_or_path")
+    prompt = config.prompt
     with explain_hub_errors("adapter_name_or_path", path, "model"):
         adapter = PeftConfig.from_pretrained(path)
+        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
+            prompt = find_prompt(GenerationConfig.from_pretrained(path))
     if not isinstance(adapter, LoraConfig):
         raise UserError(f"--adapter_name_or_path {path}: {adapter.peft_type.value} is not LoRA")
     targets = adapter.target_modules
     return dataclasses.replace(
         config, lora_r=adapter.r, lora_alpha=adapter.lora_alpha, lora_dropout=adapter.lora_dropout,
         lora_target_modules=[targets] if isinstance(targets, str) else sorted(targets),
-        use_rslora=adapter.use_rslora, use_dora=adapter.use_dora,
+        use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, **prompt._asdict(),
     )  # fmt: skip
 
 

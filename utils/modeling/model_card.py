@@ -78,15 +78,25 @@ def describe_training(config: TrainingConfig, run: dict[str, Any]) -> list[str]:
     settings.pop("num_train_epochs" if config.max_train_steps else "", None)
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     metrics = [json.loads(line) for line in text.splitlines()]
+    num_updates = max(line["step"] for line in metrics)
     last = {line["split"]: line for line in metrics}
+    exported = f"{num_updates:,} updates"
+    if config.load_best_model_at_end:
+        metric, sign = config.metric_for_best_model, 1 if config.metric_for_best_model == "loss" else -1
+        validations = [line for line in metrics if line["split"] == "validation" and line["step"] > 0]
+        last["validation"] = min(validations, key=lambda line: sign * line[metric])
+        exported += f", of which the best model, after {last['validation']['step']:,}, is this"
     rows = [
-        (f"{split} loss per target token, in nats", f"{line['loss']:.4f} (update {line['step']:,})")
+        (
+            f"{split} loss per target token, in nats",
+            f"{line.get('plain_loss', line['loss']):.4f} (update {line['step']:,})",
+        )
         for split, line in last.items()
     ]
     rows += [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in settings.items()]
     return [
         "## Training", "",
-        f"{run['num_train_steps']:,} updates; {run['num_trainable_parameters']:,} of {run['num_parameters']:,} "
+        f"{exported}; {run['num_trainable_parameters']:,} of {run['num_parameters']:,} "
         "parameters were trained.", "",
         "| | |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),

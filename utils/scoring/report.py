@@ -86,6 +86,8 @@ def add_to_cards(config: EvaluationConfig):
     """Put the scores into the model card of each model that was trained here."""
     results, _ = read_results(Path(config.output_dir))
     settings = results["settings"]
+    if settings["predictions_file"]:
+        raise UserError(f"--add_to_card: {config.output_dir} holds scores of --predictions_file, not of models")
     file = settings[f"{settings['split']}_file"]
     how = (
         f"By evaluate_rouge.py on the {settings['split']} split of "

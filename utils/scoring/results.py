@@ -49,7 +49,10 @@ def check_same(before: dict[str, Any], config: EvaluationConfig, rows: list[dict
     if config.predictions_file:
         hashes = hash_predictions(config)
     else:
-        hashes = {name: model_hash for name, *_, model_hash in load_models(config)}
+        hashes = {}
+        for name, model, _, model_hash in load_models(config):
+            hashes[name] = model_hash
+            del model  # before the next one is loaded
     predictions = Path(config.output_dir) / "predictions.jsonl"
     problems = {
         "the data has changed": before.get("data_fingerprint") != hash_value(rows),
@@ -132,7 +135,11 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
         metrics = [json.loads(line) for line in lines]
         train = [line for line in metrics if line["split"] == "train"]
         points = {
-            split: [[number_in(line, "step"), number_in(line, "loss")] for line in metrics if line["split"] == split]
+            split: [
+                [number_in(line, "step"), number_in(line, "plain_loss" if "plain_loss" in line else "loss")]
+                for line in metrics
+                if line["split"] == split
+            ]
             for split in ("train", "validation")
         }
         names = ("num_parameters", "num_trainable_parameters", "num_train_steps", "num_processes")

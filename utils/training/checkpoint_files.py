@@ -152,7 +152,7 @@ def choose_checkpoint(
             continue
         for text in damage:
             logger.warning("%s: resuming from %s", text, folder.name)
-        if is_longer(config, state, run):
+        if may_change_length(config, state, run):
             unknown = (*unknown, "num_train_steps")
         if differences := describe_differences(state["run"], run, unknown):
             reason = ""
@@ -163,8 +163,8 @@ def choose_checkpoint(
     raise UserError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: {'; '.join(damage)}")
 
 
-def is_longer(config: TrainingConfig, state: dict[str, Any], run: dict[str, Any]) -> bool:
-    """Whether the run has more updates than its checkpoint knew of, which changes nothing in those already done."""
+def may_change_length(config: TrainingConfig, state: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether the number of updates may differ from the checkpoint's: a constant schedule does not depend on it."""
     return config.lr_scheduler_type == "constant" and run["num_train_steps"] >= state["step"]
 
 
@@ -238,7 +238,7 @@ def fingerprint_model(model: torch.nn.Module, with_adapter: bool) -> str:
     """Of the weights that training starts from; every process must call it.
 
     Args:
-        with_adapter: whether a LoRA adapter's count, which otherwise follow from the seed.
+        with_adapter: whether to include the LoRA adapter's weights; a new adapter's follow from the seed.
     """
     parameters = [(name, p) for name, p in model.named_parameters() if with_adapter or ".lora_" not in name]
     weights = ((name, gather_tensor(p)) for name, p in parameters)

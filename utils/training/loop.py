@@ -64,6 +64,8 @@ def train(
         if is_due(config.eval_steps):
             validate(accelerator, model, tokenizer, validation_data, config, num_updates, stop, checkpointer)
         numbers = range(num_updates + 1, num_steps + 1)
+        if num_updates > 0 and is_due(config.eval_steps) and is_hopeless(checkpointer, config, num_updates):
+            numbers = range(0)  # it had ended here before it was resumed
         for step in load_steps(accelerator, model, train_data, lengths, config, numbers):
             started = time.perf_counter()
             with timed("updates" if step.number > numbers[0] else "the first update"):

@@ -172,7 +172,7 @@ def log_metrics(accelerator: Accelerator, config: TrainingConfig, step: int, spl
 
 def log_samples(accelerator: Accelerator, config: TrainingConfig, step: int, samples: list[tuple[str, str]]):
     """Tell the tracker some (reference, summary), if it takes texts."""
-    if config.report_to in ("tensorboard", "wandb", "trackio"):
+    if samples and config.report_to in ("tensorboard", "wandb", "trackio"):
         text = "\n\n".join(f"reference: {reference}\nsummary: {summary}" for reference, summary in samples)
         accelerator.log({"validation/samples": text}, step=step)
 
