@@ -56,9 +56,10 @@ def test_summaries_are_those_of_one_prompt_at_a_time(unsure_model, settings):
     for dialogue in dialogues:
         inputs = tokenizer(build_prompt(dialogue), return_tensors="pt").input_ids
         ids = model.generate(inputs, do_sample=False, **({"max_new_tokens": 12} | settings))[0]
-        expected.append((tokenizer.decode(ids, skip_special_tokens=True).strip(), tokenizer.eos_token_id not in ids))
-    assert len({text for text, _ in expected}) > 8
-    assert {truncated for _, truncated in expected} == {True, False} or settings.get("max_new_tokens") == 40
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        expected.append(Summary(text, tokenizer.eos_token_id not in ids))
+    assert len({summary.text for summary in expected}) > 8
+    assert {summary.truncated for summary in expected} == {True, False} or settings.get("max_new_tokens") == 40
     for size in (1, 3, 32):
         assert generate(unsure_model, dialogues, per_device_eval_batch_size=size, **settings) == expected
 
@@ -217,7 +218,7 @@ def test_one_two_and_three_processes_give_the_same_texts(unsure_model, tmp_path)
     assert all(len(one) >= 5 and one == two == three for one, two, three in keys.values())
     assert [result.pop("num_processes") for result in results] == [1, 2, 3]
     assert results[0] == results[1] == results[2]
-    greedy, beams = ([text for text, _ in results[0][mode]] for mode in MODES)
+    greedy, beams = ([text for text, *_ in results[0][mode]] for mode in MODES)
     assert greedy != beams
 
 
