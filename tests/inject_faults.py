@@ -76,7 +76,7 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
     ]  # fmt: skip
     summaries = [
         f"--model={folder / 'model'}", f"--input_file={folder / 'validation.jsonl'}", "--summary_column=generated",
-        "--max_new_tokens=4", "--per_device_eval_batch_size=1", f"--output_file={folder / 'run' / 'out' / 'out.csv'}",
+        "--max_new_tokens=4", "--per_device_eval_batch_size=1", f"--output_file={folder / 'run' / 'out.csv'}",
     ]  # fmt: skip
     return {
         "full": ["train_full.py", *training, "--load_best_model_at_end=true"],
@@ -182,6 +182,7 @@ def inject_faults(folder: Path, faults: list[str], commands: list[str], every: i
     with open_worker(folder) as run:
         for name in commands:
             order = {"argv": make_commands(folder)[name], "log": str(folder / "log"), "under": str(folder / "run")}
+            (folder / "run").mkdir()
             assert run(order | {"count_to": str(folder / "count")}) == 0, (folder / "log").read_text()
             (folder / "run").rename(folder / name)
             num_operations = int((folder / "count").read_text())

@@ -43,10 +43,10 @@ def check_files(config: SummaryConfig):
     if target.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"--output_file {target}: unknown kind of file {target.suffix!r}; use .csv or .jsonl")
     check_output_file(config)
-    num_rows = num_empty = 0
+    num_rows = 0
     for place, row in iterate_file(source, in_parts=True):
         num_rows += 1
-        num_empty += not find_text(config, place, row)
+        find_text(config, place, row)
         for name, value in row.items():
             check_encodable(json.dumps({name: value}, ensure_ascii=False, default=str), name, f"{source}, {place}")
         for name in (config.summary_column, TRUNCATED):
@@ -102,22 +102,27 @@ def is_finished(accelerator: Accelerator, config: SummaryConfig) -> bool:
     if accelerator.is_main_process and not config.overwrite_output_file and Path(config.output_file).exists():
         before = read_manifest(config)
         if before and not find_partial_files(config.partial_texts):
-            now = describe_summaries(config, load_with_hash(config)[2])
-            names = {"model_hash": "the model", "input": "the input", "output": "the output"}
-            changed = " and ".join(words for name, words in names.items() if before.get(name) != now[name])
-            is_done = not changed
-            if changed:
-                error = (
-                    f"--output_file {config.output_file} was made with these settings, but {changed} has changed "
-                    "since: take another file, or --overwrite_output_file"
-                )
-            else:
+            try:
+                check_same(config, before)
+                is_done = True
                 text = "%s is there, finished; --overwrite_output_file would make it again"
                 logger.info(text, config.output_file)
+            except UserError as user_error:
+                error = str(user_error)
     is_done, error = broadcast_object_list([is_done, error])
     if error:
         raise UserError(error)
     return is_done
+
+
+def check_same(config: SummaryConfig, before: dict[str, Any]):
+    now = describe_summaries(config, load_with_hash(config)[2])
+    names = {"model_hash": "the model", "input": "the input", "output": "the output"}
+    if changed := " and ".join(words for name, words in names.items() if before.get(name) != now[name]):
+        raise UserError(
+            f"--output_file {config.output_file} was made with these settings, but {changed} has changed since: take "
+            "another file, or --overwrite_output_file"
+        )
 
 
 def describe_summaries(config: SummaryConfig, model_hash: str) -> dict[str, Any]:
