@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from utils.config import SummaryConfig, UserError
 from utils.data.rows import Place, check_encodable, iterate_file, read_text
@@ -21,6 +20,7 @@ from utils.files import describe_file, write_json, write_parts
 from utils.generation.partial_texts import Summary, find_partial_files, mark_unfinished
 from utils.generation.summaries import load_with_hash
 from utils.launch.output_dir import check_path, check_writable
+from utils.launch.processes import call_on_main
 from utils.launch.script import describe_software
 from utils.prompting import clean_text
 
@@ -98,21 +98,17 @@ def read_manifest(config: SummaryConfig) -> dict[str, Any] | None:
 def is_finished(accelerator: Accelerator, config: SummaryConfig) -> bool:
     """Whether output_file is what this very run has left when it finished. UserError, on every process, if model,
     input or output have changed since."""
-    is_done, error = False, None
-    if accelerator.is_main_process and not config.overwrite_output_file and Path(config.output_file).exists():
+
+    def check() -> bool:
         before = read_manifest(config)
-        if before and not find_partial_files(config.partial_texts):
-            try:
-                check_same(config, before)
-                is_done = True
-                text = "%s is there, finished; --overwrite_output_file would make it again"
-                logger.info(text, config.output_file)
-            except UserError as user_error:
-                error = str(user_error)
-    is_done, error = broadcast_object_list([is_done, error])
-    if error:
-        raise UserError(error)
-    return is_done
+        is_whole = Path(config.output_file).exists() and not find_partial_files(config.partial_texts)
+        if before is None or config.overwrite_output_file or not is_whole:
+            return False
+        check_same(config, before)
+        logger.info("%s is there, finished; --overwrite_output_file would make it again", config.output_file)
+        return True
+
+    return call_on_main(accelerator, check)
 
 
 def check_same(config: SummaryConfig, before: dict[str, Any]):
@@ -146,24 +142,24 @@ def find_text(config: SummaryConfig, place: Place, row: Any) -> str:
 
 def read_one(accelerator: Accelerator, config: SummaryConfig) -> str:
     """The dialogue of a txt file or of stdin, which the main process reads, on every process."""
-    text, error = None, None
-    if accelerator.is_main_process:
+
+    def read() -> str:
         name = config.input_file or "stdin"
+        if config.input_file:
+            content = Path(config.input_file).read_bytes()
+        else:
+            if sys.stdin and sys.stdin.isatty():
+                logger.info("reading a dialogue from the terminal, up to Ctrl-D on a line of its own")
+            content = sys.stdin.buffer.read() if sys.stdin else b""
         try:
-            if config.input_file:
-                content = Path(config.input_file).read_bytes()
-            else:
-                if sys.stdin and sys.stdin.isatty():
-                    logger.info("reading a dialogue from the terminal, up to Ctrl-D on a line of its own")
-                content = sys.stdin.buffer.read() if sys.stdin else b""
             text = clean_text(content.decode("utf-8-sig"))
-            error = None if text else f"{name}: no text"
-        except UnicodeDecodeError as decode_error:
-            error = f"{name}: byte {decode_error.start + 1} is not UTF-8"
-    text, error = broadcast_object_list([text, error])
-    if error:
-        raise UserError(error)
-    return text
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: byte {error.start + 1} is not UTF-8") from error
+        if not text:
+            raise UserError(f"{name}: no text")
+        return text
+
+    return call_on_main(accelerator, read)
 
 
 def read_in_parts(config: SummaryConfig) -> Iterator[dict[bytes, str]]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from utils.config import UserError
 from utils.files import make_folder
 from utils.launch.output_dir import check_output_dir
+from utils.launch.processes import call_on_main
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -43,17 +43,9 @@ def lock_output_file(accelerator: Accelerator, path: Path, check: Callable[[], N
 
 
 def lock_on_main(accelerator: Accelerator, lock: Callable[[contextlib.ExitStack], None]) -> contextlib.ExitStack:
-    locks, error = contextlib.ExitStack(), None
-    if accelerator.is_main_process:
-        try:
-            lock(locks)
-        except UserError as user_error:
-            locks.close()
-            error = str(user_error)
-    (error,) = broadcast_object_list([error])
-    if error:
-        raise UserError(error)
-    return locks
+    with contextlib.ExitStack() as locks:
+        call_on_main(accelerator, lambda: lock(locks))
+        return locks.pop_all()  # unless it failed: then they are let go
 
 
 @contextlib.contextmanager

@@ -7,11 +7,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 
 from utils.config import UserError
 
@@ -95,6 +98,20 @@ def give_up():
     )
     sys.stderr.flush()
     os._exit(2)  # the main thread is waiting in PyTorch
+
+
+def call_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """What the function returns on the main process, on every process; so is a UserError that it raises there."""
+    value, error = None, None
+    if accelerator.is_main_process:
+        try:
+            value = function()
+        except UserError as user_error:
+            error = str(user_error)
+    value, error = broadcast_object_list([value, error])
+    if error:
+        raise UserError(error)
+    return value
 
 
 def asks_for(strategy: str) -> bool:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 
 from utils.config import EvaluationConfig, UserError
 from utils.files import describe_file, hash_value, write_json, write_jsonl
 from utils.generation.partial_texts import Summary
 from utils.generation.summaries import load_models
 from utils.launch.output_dir import RESULTS, read_finished
+from utils.launch.processes import call_on_main
 from utils.launch.script import describe_software
 from utils.scoring.diagnostics import describe_texts
 from utils.scoring.predictions import hash_predictions
@@ -30,18 +30,16 @@ WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
 def is_finished(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict[str, str]]) -> bool:
     """Whether output_dir holds this very evaluation, finished. UserError, on every process, if its settings are the
     same and data, models or texts are not."""
-    is_done, error = False, None
-    if accelerator.is_main_process and not config.overwrite_output_dir and (before := read_finished(config)):
-        try:
-            check_same(before, config, rows)
-            is_done = True
-            logger.info("%s holds this evaluation, finished; --overwrite_output_dir would redo it", config.output_dir)
-        except UserError as user_error:
-            error = str(user_error)
-    is_done, error = broadcast_object_list([is_done, error])
-    if error:
-        raise UserError(error)
-    return is_done
+
+    def check() -> bool:
+        before = None if config.overwrite_output_dir else read_finished(config)
+        if before is None:
+            return False
+        check_same(before, config, rows)
+        logger.info("%s holds this evaluation, finished; --overwrite_output_dir would redo it", config.output_dir)
+        return True
+
+    return call_on_main(accelerator, check)
 
 
 def check_same(before: dict[str, Any], config: EvaluationConfig, rows: list[dict[str, str]]):

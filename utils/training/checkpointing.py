@@ -23,6 +23,7 @@ from utils.config import TrainingConfig, UserError
 from utils.files import write_file
 from utils.launch.locks import lock_output_dir
 from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint
+from utils.launch.processes import call_on_main
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
 from utils.launch.times import timed
 from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
@@ -56,34 +57,28 @@ class Checkpointer:
         self.output_dir, self.checkpoints_dir = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
         fingerprint = fingerprint_model(model, with_adapter=getattr(config, "adapter_name_or_path", None) is not None)
         self.run = run = {**identity_settings(config), "model_fingerprint": fingerprint, **run}
-        self.folder, self.state, is_done, error = None, None, False, None
-        # The best may be of a later step than the checkpoint: the resumed run reaches that step again.
-        self.best_folder, self.best = None, None  # {"step": , "value": }, the lower the better
         locks = lock_output_dir(accelerator, config)
         weakref.finalize(self, locks.close)
-        if accelerator.is_main_process:
-            try:
-                is_done = is_finished(config, run)
-                if config.resume_from_checkpoint and not is_done:
-                    self.folder, self.state = choose_checkpoint(config, run) or (None, None)
-                if self.folder:
-                    self.best_folder, self.best = find_best(self.folder.parent)
-            except UserError as user_error:
-                error = str(user_error)
-        found = [self.folder, self.state, self.best_folder, self.best, is_done, error]
-        self.folder, self.state, self.best_folder, self.best, is_done, error = broadcast_object_list(found)
-        if error:
-            raise UserError(error)
-        if is_done:
+        if call_on_main(accelerator, lambda: is_finished(config, run)):
             if accelerator.is_main_process:
                 logger.info("%s holds this run, finished; --overwrite_output_dir would train again", self.output_dir)
             sys.exit()
+        # The best may be of a later step than the checkpoint: the resumed run reaches that step again. It is
+        # {"step": , "value": }, the lower the better.
+        self.folder, self.state, self.best_folder, self.best = call_on_main(accelerator, self.find_checkpoint)
         self.last_step = self.state["step"] if self.state else 0
         is_here = self.folder and self.folder.parent.resolve() == self.checkpoints_dir.resolve()
         self.last_saved = self.last_step if is_here else 0  # into output_dir
         same = self.state and self.state["num_processes"] == accelerator.num_processes
         self.batch_size = self.state["per_device_train_batch_size"] if same else None  # None if it is free to choose
         self.writer = CheckpointWriter(self.output_dir, config.checkpoints_total_limit)
+
+    def find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None, Path | None, dict[str, Any] | None]:
+        """(folder, state) of the checkpoint to resume from, and of the best model beside it."""
+        if not self.config.resume_from_checkpoint:
+            return None, None, None, None
+        folder, state = choose_checkpoint(self.config, self.run) or (None, None)
+        return folder, state, *(find_best(folder.parent) if folder else (None, None))
 
     def restore(
         self,
