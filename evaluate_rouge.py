@@ -15,7 +15,6 @@ from utils.launch.command_line import show_help_if_asked
 if __name__ == "__main__":
     show_help_if_asked(EvaluationConfig, "evaluate_rouge.yaml", __doc__)  # before the imports, which take seconds
 
-import logging
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -32,8 +31,6 @@ from utils.launch.script import run_script
 from utils.scoring.predictions import hash_predictions, load_predictions
 from utils.scoring.report import add_to_cards, show_report
 from utils.scoring.results import is_finished, write_results
-
-logger = logging.getLogger("utils.evaluate_rouge")  # as __main__ it would not be shown
 
 
 def main(config: EvaluationConfig):
@@ -79,9 +76,6 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
         results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes}
         if facts:
             results["facts"] = score_facts(summaries, dialogues, facts)
-        if example["index"] != config.example_index:
-            text = "--example_index %d: there are %d rows; the last is shown"
-            logger.info(text, config.example_index, len(rows))
         mark_unfinished(config.partial_texts)
         write_results(config, dialogues, summaries, results)
 

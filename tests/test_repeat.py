@@ -87,7 +87,7 @@ def test_an_evaluation(model, tmp_path, kind):
 
     first = evaluate()
     assert first.returncode == 0, first.stderr
-    assert "--example_index 42: there are 4 rows; the last is shown" in first.stderr
+    assert "Row 3 of the test split, its last: there is no --example_index 42\n" in first.stdout
     contents = {path: content for path, (_, content) in read_files(out).items()}
     (out / "report.md").unlink()
     again = evaluate()

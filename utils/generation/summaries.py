@@ -64,24 +64,18 @@ def load_models(config: EvaluationConfig) -> Iterator[tuple[str, PreTrainedModel
         script = "train_lora.py" if "lora" in f"{name} {path}" else "train_full.py"
         flags = " --demo" if config.demo else ""
         check_folder(path, f"models {name}", f"; make it with: accelerate launch {script}{flags} --output_dir {path}")
-    tokenizers = {name: load_tokenizer(path, f"models {name}") for name, path in models.items()}
+    for name, path in models.items():  # what one lacks is told before the first model generates
+        load_tokenizer(path, f"models {name}")
     for name, path in models.items():
-        model = load_model(
-            path,
-            config.attn_implementation,
-            torch.float32,
-            f"models {name}",
-            base_model=config.base_model_name_or_path,
-        )
-        yield name, model, tokenizers[name], hash_model(model, tokenizers[name])
-        del model  # before the next one is loaded
+        yield name, *load_with_hash(path, f"models {name}", config)
 
 
 def load_summarizer(
     accelerator: Accelerator, config: SummaryConfig
 ) -> tuple[Callable[[list[str]], dict[str, Summary]], str]:
     """A function of dialogues that gives each one's summary, on every process; and the model's hash."""
-    model, tokenizer, model_hash = load_with_hash(config)
+    check_folder(config.model, "model", "; make it with: accelerate launch train_lora.py" + " --demo" * config.demo)
+    model, tokenizer, model_hash = load_with_hash(config.model, "model", config)
     kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
 
     def summarize(dialogues: list[str]) -> dict[str, Summary]:
@@ -90,12 +84,13 @@ def load_summarizer(
     return summarize, model_hash
 
 
-def load_with_hash(config: SummaryConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    check_folder(config.model, "model", "; make it with: accelerate launch train_lora.py" + " --demo" * config.demo)
-    tokenizer = load_tokenizer(config.model, "model")
-    model = load_model(
-        config.model, config.attn_implementation, torch.float32, "model", base_model=config.base_model_name_or_path
-    )
+def load_with_hash(
+    path: str, setting: str, config: EvaluationConfig | SummaryConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """(model, tokenizer, hash of both)."""
+    tokenizer = load_tokenizer(path, setting)
+    base = config.base_model_name_or_path
+    model = load_model(path, config.attn_implementation, torch.float32, setting, base_model=base)
     return model, tokenizer, hash_model(model, tokenizer)
 
 

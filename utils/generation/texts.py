@@ -19,7 +19,7 @@ from utils.data.rows import Place, check_encodable, iterate_file, read_text
 from utils.files import describe_file, write_json, write_parts
 from utils.generation.partial_texts import Summary, find_partial_files, mark_unfinished
 from utils.generation.summaries import load_with_hash
-from utils.launch.output_dir import check_path, check_writable
+from utils.launch.output_dir import check_path, check_writable, has_settings
 from utils.launch.processes import call_on_main
 from utils.launch.script import describe_software
 from utils.prompting import clean_text
@@ -83,16 +83,9 @@ def read_manifest(config: SummaryConfig) -> dict[str, Any] | None:
     """What the same command, by its settings, has noted of its output; None if there is nothing."""
     try:
         manifest = json.loads(manifest_path(config).read_bytes())
-        settings = dataclasses.asdict(config).items()
-        # What auto became is in the manifest.
-        same = all(
-            value == "auto" or manifest["settings"].get(name) == value
-            for name, value in settings
-            if name != "overwrite_output_file"
-        )
+        return manifest if has_settings(manifest, config) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return manifest if same else None
 
 
 def is_finished(accelerator: Accelerator, config: SummaryConfig) -> bool:
@@ -112,7 +105,7 @@ def is_finished(accelerator: Accelerator, config: SummaryConfig) -> bool:
 
 
 def check_same(config: SummaryConfig, before: dict[str, Any]):
-    now = describe_summaries(config, load_with_hash(config)[2])
+    now = describe_summaries(config, load_with_hash(config.model, "model", config)[2])
     names = {"model_hash": "the model", "input": "the input", "output": "the output"}
     if changed := " and ".join(words for name, words in names.items() if before.get(name) != now[name]):
         raise UserError(

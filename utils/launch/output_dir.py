@@ -31,7 +31,10 @@ RUN_FILES = (
     "predictions.jsonl", RESULTS, "report.html", "report.md", MERGED_FROM, CARD,
 )  # fmt: skip
 # Settings that say nothing of what a run leaves.
-OF_A_START = ("overwrite_output_dir", "resume_from_checkpoint", "max_time", "preflight", "report_only", "add_to_card")
+OF_A_START = (
+    "overwrite_output_dir", "overwrite_output_file", "resume_from_checkpoint", "max_time", "preflight", "report_only",
+    "add_to_card",
+)  # fmt: skip
 UNFINISHED = ".unfinished"  # the end of a folder's name, until it is whole or gone
 ASIDE = f"replaced{UNFINISHED}"
 UNCHECKED = "export.unchecked"
@@ -158,14 +161,18 @@ def read_finished(config: Any) -> dict[str, Any] | None:
     try:
         record = json.loads((Path(config.output_dir) / (MANIFEST if is_training else RESULTS)).read_bytes())
         has_finished = "finished" in record if is_training else not any(Path(config.output_dir).glob(PARTIAL_TEXTS))
-        is_same = all(
-            value == "auto" or record["settings"].get(name) == value  # what auto became is in the record
-            for name, value in dataclasses.asdict(config).items()
-            if name not in OF_A_START
-        )
+        return record if has_finished and has_settings(record, config) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return record if has_finished and is_same else None
+
+
+def has_settings(record: dict[str, Any], config: Any) -> bool:
+    """Whether a record's settings are the config's, as far as they say what a run leaves."""
+    return all(
+        value == "auto" or record["settings"].get(name) == value  # what auto became is in the record
+        for name, value in dataclasses.asdict(config).items()
+        if name not in OF_A_START
+    )
 
 
 def describe_models(config: Any) -> dict[str, dict[str, Any]]:

@@ -54,23 +54,25 @@ def format_table(table: Table) -> str:
 
 def format_results(results: dict[str, Any]) -> str:
     """What the console shows: the example, every table, and what can be concluded."""
-    parts = [format_example(results["example"])]
+    parts = [format_example(results)]
     parts += [f"{table.title}\n\n{format_table(table)}" for table in build_tables(results) if table.rows]
     return "\n\n".join([*parts, "\n".join(results["conclusions"])])
 
 
-def format_example(example: dict[str, Any]) -> str:
+def format_example(results: dict[str, Any]) -> str:
     """A dialogue, the human summary and each model's."""
+    example, asked = results["example"], results["settings"]["example_index"]
+    instead = "" if asked == example["index"] else f", its last: there is no --example_index {asked}"
     texts = {"dialogue": example["dialogue"], "human summary": example["summary"], **example["texts"]}
     shown = "\n".join(f"--- {name}\n{text}" for name, text in texts.items())
-    return f"Row {example['index']} of the {example['split']} split\n\n{shown}"
+    return f"Row {example['index']} of the {example['split']} split{instead}\n\n{shown}"
 
 
 def format_markdown(results: dict[str, Any]) -> str:
     """The tables and conclusions for a pull request or an issue."""
     parts = ["# Summaries scored", *map(escape_markdown, results["conclusions"])]
     parts += [format_markdown_table(table) for table in build_tables(results) if table.rows]
-    example = format_example(results["example"])
+    example = format_example(results)
     fence = "`" * max(3, longest_run(example, "`") + 1)
     parts.append(f"<details><summary>A sample</summary>\n\n{fence}text\n{example}\n{fence}\n\n</details>")
     return "\n\n".join(parts) + "\n"
