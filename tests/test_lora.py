@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from conftest import launch, relative_difference, run_script, write_flan_t5
 from helpers import FULL_FILES, RECORDS, compute_logits, train_in_process
 from peft import PeftModel
@@ -20,9 +20,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 import train_lora
 import utils.modeling.lora
 from utils.config import LoraTrainingConfig, UserError
-from utils.modeling.loading import count_parameters, keep_untied_head, load_model
-from utils.modeling.lora import add_lora, check_4bit
+from utils.modeling.loading import count_parameters, count_saved_by_4bit, keep_untied_head, load_model
+from utils.modeling.lora import add_lora, check_4bit, load_frozen_base
 from utils.training.checkpoint_files import fingerprint_model
+from utils.training.memory_estimate import count_bytes
 from utils.training.optimization import build_lr_scheduler, build_optimizer
 
 VARIANTS = {
@@ -307,10 +308,10 @@ def test_four_bits_are_refused_where_they_cannot_be(flan_t5, data_files, tmp_pat
     on_gpu = {"device": torch.device("cuda"), "distributed_type": DistributedType.NO}
     monkeypatch.setattr(utils.modeling.lora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; pip install -r requirements-4bit.txt"):
-        check_4bit(SimpleNamespace(**on_gpu))
+        check_4bit(SimpleNamespace(**on_gpu), LoraTrainingConfig())
     for strategy in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         with pytest.raises(UserError, match=f"{strategy.value} cannot shard 4-bit weights"):
-            check_4bit(SimpleNamespace(**on_gpu | {"distributed_type": strategy}))
+            check_4bit(SimpleNamespace(**on_gpu | {"distributed_type": strategy}), LoraTrainingConfig())
     with pytest.raises(UserError, match="--load_in_4bit computes in bf16: leave --mixed_precision at bf16"):
         LoraTrainingConfig(load_in_4bit=True, mixed_precision="no")
     with pytest.raises(UserError, match="--loraplus_lr_ratio must be at least 1, got 0.5"):
@@ -321,7 +322,7 @@ def test_four_bits(data_files, tmp_path, monkeypatch):
     """All but the GPU: bitsandbytes computes on a CPU too, in multiples of 64."""
     pytest.importorskip("bitsandbytes", reason="the optional package of requirements-4bit.txt is not installed")
     model = write_flan_t5(tmp_path / "model", d_model=64, d_kv=16, d_ff=128)
-    monkeypatch.setattr(utils.modeling.lora, "check_4bit", lambda accelerator: None)
+    monkeypatch.setattr(utils.modeling.lora, "check_4bit", lambda accelerator, config: None)
     # Without validation: on a CPU a pass without gradients packs the weights for good, and none flow from then on.
     settings = {"load_in_4bit": True, "validation_file": None}
     metrics = train(model, data_files, tmp_path / "out", **settings, merge_into=str(tmp_path / "merged"))
@@ -329,6 +330,15 @@ def test_four_bits(data_files, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())
     num_base = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     assert manifest["num_parameters"] - manifest["num_trainable_parameters"] == num_base  # not of packed bytes
+
+    settings |= {"model_name_or_path": str(model)}
+    packed, shapes = (
+        load_frozen_base(Accelerator(cpu=True), LoraTrainingConfig(**settings, preflight=preflight))
+        for preflight in (False, True)
+    )
+    scales = sum(p.quant_state.absmax.nbytes for p in packed.parameters() if getattr(p, "quant_state", None))
+    assert count_bytes(packed)[0] + scales == count_bytes(shapes)[0] - count_saved_by_4bit(shapes)
+
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "out" / "checkpoints" / "step_000002", resumed / "checkpoints" / "step_000002")
     train(model, data_files, resumed, **settings, resume_from_checkpoint="latest")

@@ -7,9 +7,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM
 
 from utils.config import TrainingConfig
+from utils.training import assumed_gpu
+from utils.training.assumed_gpu import cuda_kernels
 from utils.training.memory_estimate import LiveBytes, MicroBatch, count_bytes, fake_model, measure_micro_batch
 
 MICRO_BATCHES = (MicroBatch(3, 40, 9, 110, 25), MicroBatch(1, 1, 1, 0, 0))
@@ -30,6 +34,33 @@ def test_live_bytes():
         assert (live.now, live.logits_now) == (0, 0)
         view.add_(1)
     assert (live.peak, live.logits_at_peak) == (3200, 2400)
+
+
+def test_cuda_kernels():
+    def empty(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
+
+    def count_live(name: str, *given: torch.Tensor, **settings) -> int:
+        """Bytes that live on for the backward pass, with the result."""
+        with cuda_kernels(), LiveBytes([t for t in given if isinstance(t, torch.Tensor)], num_logits=0) as live:
+            result = getattr(functional, name)(*given, **settings)
+            assert result.shape == given[0].shape
+            num_bytes = live.now
+            result.sum().backward()
+        assert all(tensor.grad is not None for tensor in given if isinstance(tensor, torch.Tensor))
+        return num_bytes
+
+    with FakeTensorMode():
+        values, weight = empty(6, 64), empty(64)
+        assert count_live("dropout", values, p=0.5) == 6 * 64 * (2 + 1), "the result and a byte an element"
+        assert count_live("dropout", values, p=0.5, training=False) == 0
+        assert count_live("rms_norm", values, (64,), weight) == 6 * 64 * 2 + 6 * 4, "and a number a row"
+        query, result, row_sums = empty(2, 3, 10, 16), 2 * 3 * 10 * 16 * 2, 2 * 3 * 32 * 4  # of rows, in 32s
+        for num_keys, copy_of_mask in ((16, 0), (12, 2 * 3 * 10 * 16 * 2)):  # whose rows are in 8s
+            key, mask = empty(2, 3, num_keys, 16), empty(2, 3, 10, num_keys)
+            live = count_live("scaled_dot_product_attention", query, key, key, mask)
+            assert live == result + row_sums + copy_of_mask + 16, "the last is a random state; no queries times keys"
+    assert functional.dropout is not assumed_gpu.drop, "put back"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """--preflight says what the run then is, writes nothing, and its estimates of memory are near what is measured."""
 
+import dataclasses
 import json
 import os
 import re
@@ -164,10 +165,41 @@ def test_a_disk_too_small_for_the_merged_model(flan_t5, data_files, tmp_path, sm
 
 
 def test_memory_too_small(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.training.preflight.measure_free_memory", lambda accelerator: 1_000_000)
+    monkeypatch.setattr("utils.training.preflight.measure_free_memory", lambda accelerator, config: 1_000_000)
     with pytest.raises(UserError, match="out of memory: .* need .* MB, and 1 MB are free .*--gradient_checkpointing"):
         start()
     assert os.listdir(tmp_path) == []
+
+
+def test_an_assumed_gpu(start, tmp_path, capsys):
+    start(assume_memory="16GB")
+    screen = capsys.readouterr().out
+    assert ", NO, a GPU of 16GB, assumed, --mixed_precision no\n" in screen
+    assert "15.40 GB" == screen.split("free ")[1].split("\n")[0].strip(), "without what CUDA itself takes"
+    assert "of at most the tokens of 40 examples" in screen, "auto: all 40 fit; on a CPU it is 16"
+    assert "the export  " not in screen, "a GPU holds nothing more for it"
+    with pytest.raises(UserError, match="out of memory: a process is estimated to need .* MB, and 1 MB are free"):
+        start(assume_memory="0.601GB", per_device_train_batch_size=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_four_bits_on_an_assumed_gpu(data_files, tmp_path, capsys):
+    """Neither a GPU nor bitsandbytes is needed."""
+    AcceleratorState._reset_state(True)
+    model = write_flan_t5(tmp_path / "model", d_model=512, d_kv=64, d_ff=1024)
+    parameters = []
+    for load_in_4bit in (False, True):
+        config = LoraTrainingConfig(
+            model_name_or_path=str(model), train_file=str(data_files["train"]), output_dir=str(tmp_path / "out"),
+            preflight=True, assume_memory="8GB", load_in_4bit=load_in_4bit, lora_r=1,
+        )  # fmt: skip
+        train_lora.main(config)
+        parameters.append(read_bytes(capsys.readouterr().out, "parameters"))
+    # Of 2 layers of an encoder and a decoder; wo stays as it is.
+    num_packed = 2 * (3 * 4 * 512 * 4 * 64 + 2 * 2 * 512 * 1024)
+    assert parameters[0] - parameters[1] == pytest.approx(num_packed * (2 - 9 / 16), abs=1e6), "rounded to 1 MB each"
+    with pytest.raises(UserError, match="--load_in_4bit needs a GPU"):
+        train_lora.main(dataclasses.replace(config, assume_memory=None))
 
 
 @pytest.mark.slow

@@ -351,3 +351,23 @@ def test_arrays(cluster, settings, data_files, tmp_path):
     for seed in (1, 2):
         assert cluster.finish(f"{job}_{seed}")["JobState"] == "COMPLETED", (tmp_path / f"log-{seed}").read_text()
         assert len(read_jsonl(tmp_path / f"report-{seed}" / "predictions.jsonl")) == 4
+
+
+def test_summaries(cluster, flan_t5, data_files, tmp_path):
+    """On two nodes they are those of one process without Slurm, byte for byte."""
+    words = (
+        "--model",
+        flan_t5,
+        "--input_file",
+        data_files["test"],
+        "--summary_column",
+        "ours",
+        "--max_new_tokens",
+        "8",
+    )
+    run = run_script("summarize.py", *words, "--output_file", tmp_path / "expected.jsonl")
+    assert run.returncode == 0, run.stderr
+    words = (*TWO_NODES, "--array=7", "slurm/summarize.sbatch", *words, "--output_file", tmp_path / "out-%a.jsonl")
+    job = cluster.submit(tmp_path / "log", *words)
+    assert cluster.finish(f"{job}_7")["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    assert (tmp_path / "out-7.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()

@@ -190,6 +190,9 @@ class CheckpointConfig(Config):
     )
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
+    assume_memory: str | None = setting(
+        None, "with --preflight: what a GPU of so much memory would take, such as 16GB, instead of this machine"
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
         "none", "tracker, beside metrics.jsonl"
     )
@@ -202,6 +205,8 @@ class CheckpointConfig(Config):
             raise UserError("--max_time must be longer than no time")
         if self.resume_from_checkpoint == "":
             raise UserError("--resume_from_checkpoint is empty: latest, or a folder")
+        if self.assume_memory is not None and parse_memory(self.assume_memory) and not self.preflight:
+            raise UserError(f"--assume_memory {self.assume_memory} needs --preflight")
 
     @property
     def needs_validation(self) -> bool:
@@ -374,6 +379,14 @@ def parse_duration(text: str) -> int:
         raise UserError(f"--max_time must be HH:MM:SS, got {text!r}")
     hours, minutes, seconds = map(int, text.split(":"))
     return (hours * 60 + minutes) * 60 + seconds
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of 16GB or 16GiB."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?) ?(GB|GiB)", text, flags=re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise UserError(f"--assume_memory must be a size such as 16GB, got {text!r}")
+    return int(float(found[1]) * (10**9 if found[2].upper() == "GB" else 2**30))
 
 
 def check_model_name(name: str, setting: str, demo: bool):

@@ -32,8 +32,8 @@ RUN_FILES = (
 )  # fmt: skip
 # Settings that say nothing of what a run leaves.
 OF_A_START = (
-    "overwrite_output_dir", "overwrite_output_file", "resume_from_checkpoint", "max_time", "preflight", "report_only",
-    "add_to_card",
+    "overwrite_output_dir", "overwrite_output_file", "resume_from_checkpoint", "max_time", "preflight",
+    "assume_memory", "report_only", "add_to_card",
 )  # fmt: skip
 UNFINISHED = ".unfinished"  # the end of a folder's name, until it is whole or gone
 ASIDE = f"replaced{UNFINISHED}"

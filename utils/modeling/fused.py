@@ -10,7 +10,7 @@ whose weights, their names and what is saved stay as they are. A family that is 
 """
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
@@ -31,7 +31,7 @@ class FusedT5LayerNorm(T5LayerNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
-        return rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
+        return functional.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
 
 
 class FusedT5DenseGatedActDense(T5DenseGatedActDense):
@@ -76,7 +76,7 @@ class FusedT5Attention(T5Attention):
             if mask is not None:
                 position_bias = position_bias.where(mask, torch.finfo(query.dtype).min)
             position_bias = position_bias.contiguous()  # GPU kernels take no other
-        attention = scaled_dot_product_attention(
+        attention = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=position_bias if is_self_attention else mask,
             dropout_p=self.dropout if self.training else 0.0, scale=self.scaling,
         )  # fmt: skip

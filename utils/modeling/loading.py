@@ -221,6 +221,18 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 
 
+def count_saved_by_4bit(model: PreTrainedModel | PeftModel) -> int:
+    """Bytes that --load_in_4bit saves of a model loaded without: bitsandbytes packs two weights into a byte, with an
+    fp32 scale for each 64. It packs linear layers, but not the head nor those that the model wants in fp32."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head, kept, saved = base.get_output_embeddings(), set(base._keep_in_fp32_modules or ()), 0
+    for name, module in base.named_modules():
+        is_packed = module is not head and "lora_" not in name and not kept & set(name.split("."))
+        if isinstance(module, torch.nn.Linear) and is_packed:
+            saved += module.weight.nbytes - module.weight.numel() * 9 // 16
+    return saved
+
+
 def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """Floating-point operations of one training step per (source token, target token).
 

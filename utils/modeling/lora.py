@@ -35,7 +35,7 @@ def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> Pr
     """The model that gets an adapter. It needs no small updates, so half the bytes of fp32 do, or an eighth."""
     name, attention = config.model_name_or_path, config.attn_implementation
     if config.load_in_4bit:
-        check_4bit(accelerator)
+        check_4bit(accelerator, config)
     if config.load_in_4bit and not config.preflight:
         # As in QLoRA (Dettmers et al., 2023); what is no matrix of a linear layer stays in bf16.
         four_bits = BitsAndBytesConfig(
@@ -46,10 +46,12 @@ def load_frozen_base(accelerator: Accelerator, config: LoraTrainingConfig) -> Pr
     return load_model(name, attention, dtype, without_weights=config.preflight)
 
 
-def check_4bit(accelerator: Accelerator):
+def check_4bit(accelerator: Accelerator, config: LoraTrainingConfig):
     if is_sharded(accelerator):
         strategy = accelerator.distributed_type.value
         raise UserError(f"--load_in_4bit: {strategy} cannot shard 4-bit weights; leave it out")
+    if config.assume_memory:
+        return
     if accelerator.device.type != "cuda":
         raise UserError("--load_in_4bit needs a GPU, and there is none; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:

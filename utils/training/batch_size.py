@@ -17,6 +17,7 @@ from utils.launch.times import timed
 from utils.modeling.passes import accumulate, backward
 from utils.modeling.sharding import whole_shape
 from utils.modeling.strategies import is_deepspeed, is_sharded
+from utils.training.assumed_gpu import estimated_device
 from utils.training.memory_estimate import MicroBatch, estimate_memory, find_offloaded
 from utils.training.step import compute_target_logits, compute_training_losses
 
@@ -98,7 +99,7 @@ def estimate_batch_size(
 ) -> TrainingConfig:
     """Roughly what choose_batch_size will choose, for a model on the meta device and `free` bytes per process."""
     size = SIZE_ON_CPU
-    if accelerator.device.type == "cuda":
+    if estimated_device(accelerator, config).type == "cuda":
         size = max(1, estimate_fitting(accelerator, model, lengths, config, free))
     return dataclasses.replace(config, per_device_train_batch_size=size)
 
@@ -106,13 +107,21 @@ def estimate_batch_size(
 def estimate_fitting(
     accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig, free: int
 ) -> int:
+    one, two = estimate_one_and_two(accelerator, model, lengths, config)
+    return count_fitting(one, two, USED_SHARE * free, count_most(accelerator, config, len(lengths)))
+
+
+def estimate_one_and_two(
+    accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig
+) -> tuple[int, int]:
+    """Bytes that a process takes with one example in a micro-batch and with two, of the longest lengths."""
     source, target = lengths.max(axis=0).tolist()
     micro_batches = (MicroBatch(size, source, target, size * source, size * target) for size in (1, 2))
     one, two = (
         sum(estimate_memory(accelerator, model, config, micro_batch, None, accumulating=True)[0].values())
         for micro_batch in micro_batches
     )
-    return count_fitting(one, two, USED_SHARE * free, count_most(accelerator, config, len(lengths)))
+    return one, two
 
 
 def count_most(accelerator: Accelerator, config: TrainingConfig, num_examples: int) -> int:

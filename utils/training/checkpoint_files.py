@@ -225,7 +225,8 @@ FREE_SETTINGS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "attn_implementation", "gradient_checkpointing",
     "adapter_name_or_path", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
     "load_best_model_at_end", "merge_into", "logging_steps", "eval_steps", "checkpointing_steps",
-    "checkpoints_total_limit", "project_name", "run_name", "max_time", "preflight", "report_to", "deterministic",
+    "checkpoints_total_limit", "project_name", "run_name", "max_time", "preflight", "assume_memory", "report_to",
+    "deterministic",
 }  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from utils.config import TrainingConfig
+from utils.modeling.loading import count_saved_by_4bit
 from utils.modeling.strategies import is_deepspeed, is_sharded, name_strategy
+from utils.training.assumed_gpu import cuda_kernels, estimated_device
 from utils.training.step import compute_target_logits, compute_training_losses
 
 # What is held between two updates; of other strategies all but the gradients.
@@ -73,9 +75,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def fake_model(model: torch.nn.Module, device: torch.device, mixed_precision: str) -> Iterator[torch.nn.Module]:
+def fake_model(
+    model: torch.nn.Module, device: torch.device, mixed_precision: str, assume_gpu: bool = False
+) -> Iterator[torch.nn.Module]:
     """Of a model on the meta device one of FakeTensors on `device`, in training and under autocast as Accelerate
-    prepares it."""
+    prepares it; on a CPU it can call the kernels of a GPU."""
     model, made = copy.deepcopy(model), {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
@@ -92,7 +96,8 @@ def fake_model(model: torch.nn.Module, device: torch.device, mixed_precision: st
         if mixed_precision == "bf16":
             model.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(model.forward))
         model.train()
-        yield model
+        with cuda_kernels() if assume_gpu and device.type == "cpu" else contextlib.nullcontext():
+            yield model
 
 
 def measure_micro_batch(
@@ -131,10 +136,13 @@ def count_bytes(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.nbytes for p in parameters), sum(p.nbytes for p in parameters if p.requires_grad)
 
 
-def share_out(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, int]:
+def share_out(accelerator: Accelerator, model: torch.nn.Module, config: TrainingConfig) -> dict[str, int]:
     """Bytes of each part on one process while it computes a gradient; `copies` are those of its strategy."""
     strategy, n = name_strategy(accelerator), accelerator.num_processes
     weights, trained = count_bytes(model)
+    if getattr(config, "load_in_4bit", False):
+        weights -= count_saved_by_4bit(model)
+    on_gpu = estimated_device(accelerator, config).type == "cuda"
     parts = {"parameters": weights, "gradients": trained, "optimizer": 2 * trained, "copies": 0}
     if strategy.startswith("MULTI_"):
         parts["copies"] = trained  # buckets, which DDP does not share with the gradients
@@ -145,7 +153,7 @@ def share_out(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, int
         settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         bucket = 4 * number_in(settings, "reduce_bucket_size", 5e8)
         # A GPU holds all of a bucket, a CPU what of it is written to.
-        parts["copies"] = bucket if accelerator.device.type == "cuda" else min(bucket, trained)
+        parts["copies"] = bucket if on_gpu else min(bucket, trained)
         parts["optimizer"] = 3 * trained // n  # and the weights again, in flat partitions
         if strategy != "DEEPSPEED_ZERO1":
             parts["gradients"] = trained // n
@@ -154,7 +162,7 @@ def share_out(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, int
             # Gathered weights stay, until there are so many, and are copied from a buffer of those gathered together.
             for name, default in (("stage3_max_live_parameters", 1e9), ("stage3_prefetch_bucket_size", 5e7)):
                 parts["copies"] += min(weights, 4 * number_in(settings, name, default))
-            if accelerator.device.type == "cuda":
+            if on_gpu:
                 parts |= dict.fromkeys(find_offloaded(settings), 0)  # they are in the host's memory
     return parts
 
@@ -189,15 +197,16 @@ def estimate_memory(
     """Bytes on the main process, which holds most, of a model on the meta device: by part while it computes a
     gradient, and at other moments in all. On a CPU a checkpoint's copy and the export count too."""
     _, trained = count_bytes(model)
-    parts = share_out(accelerator, model)
+    parts = share_out(accelerator, model, config)
     keep_gradients = not accumulating and not is_sharded(accelerator)
-    with fake_model(model, accelerator.device, config.mixed_precision) as fake:
+    device = estimated_device(accelerator, config)
+    with fake_model(model, accelerator.device, config.mixed_precision, device.type == "cuda") as fake:
         peak, logits = measure_micro_batch(accelerator, fake, config, training, keep_gradients)
         no_gradients = measure_micro_batch(accelerator, fake, config, validation, None)[0] if validation else 0
     parts |= {"activations": max(0, peak - logits - trained * keep_gradients), "logits": logits}
     at_rest = AT_REST.get(name_strategy(accelerator), ("parameters", "optimizer", "copies"))
     resting = sum(parts[name] for name in at_rest)
-    on_cpu = accelerator.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     moments = {"validation, a checkpoint being written": resting + 3 * trained * on_cpu + no_gradients}
     if on_cpu:
         # Sharded weights are gathered for it; what is read back to be compared stays mapped.

@@ -25,6 +25,7 @@ from utils.launch.output_dir import find_existing, find_run_files
 from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand
 from utils.modeling.strategies import name_strategy
+from utils.training.assumed_gpu import assumed_free_memory, estimated_device
 from utils.training.batch_size import estimate_batch_size
 from utils.training.checkpoint_files import choose_checkpoint, identity_settings, is_finished
 from utils.training.memory_estimate import MicroBatch, count_bytes, estimate_memory
@@ -42,7 +43,7 @@ def report_preflight(
 ):
     """Print the screen once; UserError, on every process, if the run cannot start."""
     lengths = measure_lengths(train_data)
-    free = min(gather_object([measure_free_memory(accelerator)]))
+    free = min(gather_object([measure_free_memory(accelerator, config)]))
     if config.per_device_train_batch_size == "auto":
         config = estimate_batch_size(accelerator, model, lengths, config, free)
     micro_batches = plan_first_steps(accelerator, config, lengths, run["num_train_steps"])
@@ -82,7 +83,7 @@ def plan_first_steps(
     size = config.per_device_train_batch_size
     steps = range(min(num_steps, NUM_STEPS_PLANNED))
     rank, world = accelerator.process_index, accelerator.num_processes
-    launch_cost = launch_cost_on(accelerator.device)
+    launch_cost = launch_cost_on(estimated_device(accelerator, config))
     plan = plan_steps(lengths, config.total_train_batch_size, size, config.seed, rank, world, launch_cost, steps)
     return gather_object([[measure_micro_batch_shape(lengths[indices]) for step in plan for indices in step]])
 
@@ -97,8 +98,10 @@ def find_largest(micro_batches: Iterable[MicroBatch]) -> MicroBatch:
     return max(micro_batches, key=lambda micro_batch: micro_batch.num_computed_tokens)
 
 
-def measure_free_memory(accelerator: Accelerator) -> int:
-    """Bytes for this process: of its GPU, or its share of the machine's memory."""
+def measure_free_memory(accelerator: Accelerator, config: TrainingConfig) -> int:
+    """Bytes for this process: of its GPU, real or assumed, or its share of the machine's memory."""
+    if config.assume_memory:
+        return assumed_free_memory(config)
     if accelerator.device.type == "cuda":
         return torch.cuda.mem_get_info(accelerator.device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -111,10 +114,11 @@ def describe_start(
     place = "in the hub's cache" if is_at_hand(config.model_name_or_path) else "to be downloaded from the hub"
     if Path(config.model_name_or_path).is_dir():
         place = "a folder"
+    device = f"a GPU of {config.assume_memory}, assumed" if config.assume_memory else accelerator.device.type
     machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return [
         f"processes   {accelerator.num_processes} on {machines} machine{'s' * (machines > 1)}, "
-        f"{name_strategy(accelerator)}, {accelerator.device.type}, --mixed_precision {config.mixed_precision}",
+        f"{name_strategy(accelerator)}, {device}, --mixed_precision {config.mixed_precision}",
         f"model       {config.model_name_or_path}, {model.config.model_type}, {place}",
         f"parameters  {num_parameters:,}, of which {num_trained:,} are trained ({num_trained / num_parameters:.2%})",
         f"output_dir  {config.output_dir}: {describe_output_dir(config, run)}",
@@ -184,6 +188,7 @@ def describe_memory(
     free: int,
 ) -> tuple[list[str], int]:
     """Lines, and the bytes that a process needs."""
+    device = estimated_device(accelerator, config)
     largest, validation = find_largest(m for share in micro_batches for m in share), None
     if validation_data:
         lengths = measure_lengths(validation_data)
@@ -192,11 +197,11 @@ def describe_memory(
             config.eval_batch_size,
             0,
             accelerator.num_processes,
-            launch_cost_on(accelerator.device),
+            launch_cost_on(device),
         )
         validation = find_largest(measure_micro_batch_shape(lengths[indices]) for indices in plan)
     parts, moments = estimate_memory(accelerator, model, config, largest, validation, len(micro_batches[0]) > 1)
-    if accelerator.device.type == "cpu" and num_steps > config.checkpointing_steps:
+    if device.type == "cpu" and num_steps > config.checkpointing_steps:
         parts["a checkpoint being written"] = 3 * count_bytes(model)[1]  # its copy, while training continues
     moments = {"a gradient being computed, the sum": sum(parts.values())} | moments
     lines = ["", "memory of a process, estimated"]
