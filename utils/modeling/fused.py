@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
+ALIGNMENT = 8  # elements
+
 
 def fuse(model: PreTrainedModel):
     for module in model.modules():
@@ -75,7 +77,8 @@ class FusedT5Attention(T5Attention):
             position_bias = self.compute_bias(num_queries, num_keys, query.device).to(query.dtype)
             if mask is not None:
                 position_bias = position_bias.where(mask, torch.finfo(query.dtype).min)
-            position_bias = position_bias.contiguous()  # GPU kernels take no other
+            # Its rows lie a multiple of ALIGNMENT apart: attention on a GPU would copy it in each layer otherwise.
+            position_bias = functional.pad(position_bias.contiguous(), (0, -num_keys % ALIGNMENT))[..., :num_keys]
         attention = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=position_bias if is_self_attention else mask,
             dropout_p=self.dropout if self.training else 0.0, scale=self.scaling,
