@@ -133,6 +133,18 @@ def test_preflight_estimates_it(parts, flan_t5):
     assert 1 <= found < 20 and needed[0] <= USED_SHARE * 10_000_000 < needed[1]
 
 
+def test_preflight_estimates_a_peak_that_grows_faster_than_a_line(parts, monkeypatch):
+    """Whatever the first two examples promise, what it says fits."""
+    accelerator, _, data, config = parts
+
+    def estimate(accelerator, model, config, micro_batch, validation, accumulating):
+        return {"activations": 1000 + max(10 * micro_batch.num_examples, 100 * (micro_batch.num_examples - 3))}, {}
+
+    monkeypatch.setattr(batch_size, "estimate_memory", estimate)
+    found = [estimate_fitting(accelerator, None, measure_lengths(data), config, m / USED_SHARE) for m in (1009, 1500)]
+    assert found == [0, 6], "8 would fit; from one example and two it would be 20"
+
+
 def test_count_fitting():
     assert [count_fitting(100, 110, memory, 5) for memory in (99, 100, 109, 110, 145, 1000)] == [0, 1, 1, 2, 5, 5]
     assert count_fitting(float("inf"), float("inf"), 1e9, 5) == 0

@@ -18,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import train_full
 import train_lora
-from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.config import LoraTrainingConfig, TrainingConfig, UserError, parse_memory
 
 
 def words(kind: str, model: Path, files: dict[str, Path], output_dir: Path, *more: object) -> list:
@@ -181,6 +181,16 @@ def test_an_assumed_gpu(start, tmp_path, capsys):
     with pytest.raises(UserError, match="out of memory: a process is estimated to need .* MB, and 1 MB are free"):
         start(assume_memory="0.601GB", per_device_train_batch_size=1)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_assumed_memory_is_a_size():
+    sizes = {"16GB": 16 * 10**9, "0.5 gb": 5 * 10**8, "80GiB": 80 * 2**30}
+    assert {text: parse_memory(text) for text in sizes} == sizes
+    for text in ("16", "GB", "0GB", "-1GB", "16GBs", "1e3GB", "16MB", ""):
+        with pytest.raises(UserError, match="--assume_memory must be a size such as 16GB, got "):
+            TrainingConfig(preflight=True, assume_memory=text)
+    with pytest.raises(UserError, match="--assume_memory 16GB needs --preflight"):
+        TrainingConfig(assume_memory="16GB")
 
 
 def test_four_bits_on_an_assumed_gpu(data_files, tmp_path, capsys):

@@ -19,7 +19,6 @@ from utils.launch.command_line import parse_config
 from utils.prompting import DEFAULT_PROMPT
 
 RUN_ELSEWHERE = {
-    ".ci/run": ["pip install -r requirements-dev.txt && pytest"],
     "test_demo.py": [
         "pip install -r requirements.txt && accelerate launch train_lora.py --demo",  # pip's part: .ci/run
         "accelerate launch train_full.py --demo",

@@ -1,8 +1,10 @@
 """summarize.py: rows in, the same rows with a summary out, however they come and go and whatever stops it."""
 
 import csv
+import datetime
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -199,6 +201,18 @@ def test_one_dialogue_that_is_none(model, tmp_path, content, message):
         summarize.main(SummaryConfig(model=str(model), input_file=str(tmp_path / "chat.txt")))
 
 
+@pytest.mark.parametrize("target", ["out.csv", "out.jsonl"])
+def test_values_that_json_has_not(model, tmp_path, target):
+    """Readers of JSON refuse a bare NaN."""
+    values = {"missing": math.nan, "most": math.inf, "raw": b"\x00\xff", "day": datetime.date(2026, 11, 28)}
+    row = {"dialogue": make_rows(1)[0]["dialogue"], **values, "deep": [math.nan]}
+    (found,) = summarize_file(model, write_input(tmp_path / "in.parquet", [row]), tmp_path / target)
+    is_csv = target == "out.csv"
+    nothing, in_list = ("", "[null]") if is_csv else (None, [None])
+    expected = {"missing": nothing, "most": "inf", "raw": "AP8=", "day": "2026-11-28", "deep": in_list}
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_what_changes_meanwhile_is_not_written_over(model, rows, tmp_path, monkeypatch):
     """Neither an output that another has written, nor summaries of another input."""
     source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
@@ -238,6 +252,8 @@ def test_repeated(model, rows, tmp_path, caplog):
         path.write_bytes(content)
     assert summarize_file(model, source, target, overwrite_output_file=True) == first
     assert target.stat().st_mtime_ns != before
+    target.unlink()  # and not its manifest
+    assert summarize_file(model, source, target, max_new_tokens=8) != first
 
 
 @pytest.mark.slow

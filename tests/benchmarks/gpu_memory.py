@@ -1,6 +1,6 @@
 """What fits into GPUs of several sizes, by --preflight's estimate: the table in accelerate_configs/README.md.
 
-python tests/benchmarks/gpu_memory.py        # a few minutes on a CPU; takes no weights and no GPU
+python tests/benchmarks/gpu_memory.py        # half an hour on a CPU; takes no weights and no GPU
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from utils.config import LoraTrainingConfig, TrainingConfig
 from utils.modeling.fused import fuse
 from utils.modeling.lora import add_lora
 from utils.training.assumed_gpu import assumed_free_memory
-from utils.training.batch_size import USED_SHARE, count_fitting, estimate_one_and_two
+from utils.training.batch_size import estimate_fitting
 
 SIZES = ("8GB", "16GB", "24GB", "40GB", "80GB")
 SHAPES = {  # d_model, d_ff, layers, heads of google/flan-t5-*
@@ -33,11 +33,9 @@ KINDS = {
     "full, `--gradient_checkpointing`": {"gradient_checkpointing": True},
     "LoRA": {},
     "LoRA, `--gradient_checkpointing`": {"gradient_checkpointing": True},
-    "LoRA, `--load_in_4bit`": {"load_in_4bit": True},
     "LoRA, `--load_in_4bit --gradient_checkpointing`": {"load_in_4bit": True, "gradient_checkpointing": True},
 }
-LENGTHS = np.array([[1024, 128]])  # tokens of the longest example that the defaults leave
-NUM_EXAMPLES = 256  # of an update
+LENGTHS = np.array([[1024, 128]] * 256)  # tokens of the longest example that the defaults leave, in an update of 256
 
 
 def build(size: str, config: TrainingConfig) -> torch.nn.Module:
@@ -69,11 +67,8 @@ def main():
             config_class = LoraTrainingConfig if kind.startswith("LoRA") else TrainingConfig
             config = config_class(**settings, preflight=True, assume_memory=SIZES[-1])
             model = build(model_size, config)
-            one, two = estimate_one_and_two(accelerator, model, LENGTHS, config)
-            cells = []
-            for size in SIZES:
-                free = assumed_free_memory(dataclasses.replace(config, assume_memory=size))
-                cells.append(str(count_fitting(one, two, USED_SHARE * free, NUM_EXAMPLES) or ""))
+            free = (assumed_free_memory(dataclasses.replace(config, assume_memory=size)) for size in SIZES)
+            cells = (str(estimate_fitting(accelerator, model, LENGTHS, config, memory) or "") for memory in free)
             sys.stdout.write(f"| {model_size}, {kind} | {' | '.join(cells)} |\n")
             sys.stdout.flush()
 

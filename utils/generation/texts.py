@@ -1,5 +1,6 @@
 """Dialogues without references from a file or stdin, and their summaries to a file."""
 
+import base64
 import csv
 import dataclasses
 import hashlib
@@ -7,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +50,7 @@ def check_files(config: SummaryConfig):
         num_rows += 1
         find_text(config, place, row)
         for name, value in row.items():
-            check_encodable(json.dumps({name: value}, ensure_ascii=False, default=str), name, f"{source}, {place}")
+            check_encodable(json.dumps({name: to_json(value)}, ensure_ascii=False), name, f"{source}, {place}")
         for name in (config.summary_column, TRUNCATED):
             if name in row:
                 advice = "; --summary_column can name another" if name == config.summary_column else "; rename it"
@@ -64,6 +66,8 @@ def check_output_file(config: SummaryConfig):
     batches = Path(f"{config.partial_texts}-0.jsonl")
     check_path(batches, "output_file")  # the longest name
     is_own = find_partial_files(config.partial_texts) or read_manifest(config)  # killed at its end, or finished
+    if not target.exists() and read_manifest(config, same_settings=False):  # of an output that has been removed
+        is_own = True
     for path in (target, manifest_path(config), target.with_name(f"{target.name}.part"), batches):
         check_path(path, "output_file")
         if path.is_dir() or path.resolve() == source:
@@ -79,11 +83,11 @@ def manifest_path(config: SummaryConfig) -> Path:
     return Path(f"{config.output_file}.manifest.json")
 
 
-def read_manifest(config: SummaryConfig) -> dict[str, Any] | None:
-    """What the same command, by its settings, has noted of its output; None if there is nothing."""
+def read_manifest(config: SummaryConfig, same_settings: bool = True) -> dict[str, Any] | None:
+    """What the same command, by its settings, has noted of its output, or any command; None if there is nothing."""
     try:
         manifest = json.loads(manifest_path(config).read_bytes())
-        return manifest if has_settings(manifest, config) else None
+        return manifest if has_settings(manifest, config) or not same_settings else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -196,7 +200,7 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary], mode
         header = [dict(zip(names, names, strict=True))]
         lines = (format_csv_line(row, names) for row in itertools.chain(header, add_summaries()))
     else:
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in add_summaries())
+        lines = (json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in add_summaries())
     mark_unfinished(config.partial_texts)  # there may be no finished batch that says whose output it is
     write_parts(target, (line.encode() for line in lines))
     write_json(manifest_path(config), describe_summaries(config, model_hash))
@@ -205,13 +209,25 @@ def write_summaries(config: SummaryConfig, summaries: dict[bytes, Summary], mode
 
 
 def format_csv_line(row: dict[str, Any], names: list[str]) -> str:
-    """Nothing where there is no value, JSON for what JSON has, and all else as text."""
-
-    def format_cell(cell: Any) -> str:
-        if isinstance(cell, bool | int | float | list | dict):
-            return json.dumps(cell, ensure_ascii=False, default=str)
-        return "" if cell is None else str(cell)
-
+    """Text as it is, nothing where there is no value, and all else as JSON."""
+    cells = (to_json(row.get(name)) for name in names)
     line = io.StringIO()
-    csv.writer(line).writerow(format_cell(row.get(name)) for name in names)
+    csv.writer(line).writerow(
+        "" if cell is None else cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)
+        for cell in cells
+    )
     return line.getvalue()
+
+
+def to_json(value: Any) -> Any:
+    """The value with what JSON has not put otherwise: NaN, a missing number, as null, bytes as base64, and an infinite
+    number, a date and so on as text."""
+    if isinstance(value, dict):
+        return {str(name): to_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)

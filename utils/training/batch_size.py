@@ -107,21 +107,18 @@ def estimate_batch_size(
 def estimate_fitting(
     accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig, free: int
 ) -> int:
-    one, two = estimate_one_and_two(accelerator, model, lengths, config)
-    return count_fitting(one, two, USED_SHARE * free, count_most(accelerator, config, len(lengths)))
-
-
-def estimate_one_and_two(
-    accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig
-) -> tuple[int, int]:
-    """Bytes that a process takes with one example in a micro-batch and with two, of the longest lengths."""
     source, target = lengths.max(axis=0).tolist()
-    micro_batches = (MicroBatch(size, source, target, size * source, size * target) for size in (1, 2))
-    one, two = (
-        sum(estimate_memory(accelerator, model, config, micro_batch, None, accumulating=True)[0].values())
-        for micro_batch in micro_batches
-    )
-    return one, two
+
+    def estimate(size: int) -> int:
+        micro_batch = MicroBatch(size, source, target, size * source, size * target)
+        return sum(estimate_memory(accelerator, model, config, micro_batch, None, accumulating=True)[0].values())
+
+    one, memory = estimate(1), USED_SHARE * free
+    fits = count_fitting(one, estimate(2), memory, count_most(accelerator, config, len(lengths)))
+    # The highest of several phases, each linear in the number of examples: convex, so that a chord is above it.
+    while fits > 1 and (needed := estimate(fits)) > memory:
+        fits = 1 + int((memory - one) * (fits - 1) / (needed - one))
+    return fits
 
 
 def count_most(accelerator: Accelerator, config: TrainingConfig, num_examples: int) -> int:
