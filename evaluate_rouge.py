@@ -61,10 +61,11 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
     # Of each model, by dialogue: `summaries[name][dialogue]`.
     if config.predictions_file:
         summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
-        hashes = hash_predictions(config)
+        hashes, unknown = hash_predictions(config), {}
     else:
-        texts = [dialogue["dialogue"] for dialogue in dialogues]
-        summaries, hashes = summarize_with_models(accelerator, [*texts, example["dialogue"]], config)
+        texts = [*(dialogue["dialogue"] for dialogue in dialogues), example["dialogue"]]
+        references = [text for dialogue in dialogues for text in dialogue["references"]]
+        summaries, hashes, unknown = summarize_with_models(accelerator, texts, references, config)
     example["texts"] = {
         name: by_dialogue[example["dialogue"]].text if example["dialogue"] in by_dialogue else "(not scored)"
         for name, by_dialogue in summaries.items()
@@ -73,7 +74,7 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
         # Whoever knows the task and reads no dialogue: what a score must beat before it means anything.
         summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
     if accelerator.is_main_process:
-        results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes}
+        results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes, "unknown": unknown}
         if facts:
             results["facts"] = score_facts(summaries, dialogues, facts)
         mark_unfinished(config.partial_texts)

@@ -81,6 +81,15 @@ class DataConfig(Config):
 
 
 @dataclass(frozen=True)
+class RougeConfig(Config):
+    _argument_group_name = "ROUGE"
+
+    rouge_tokenizer: Literal["default", "unicode"] = setting(
+        "default", "what a word is: default, rouge_score's, of a to z and digits; unicode, of any script"
+    )
+
+
+@dataclass(frozen=True)
 class DeviceConfig(Config):
     _argument_group_name = "device"
 
@@ -215,7 +224,9 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(CheckpointConfig, OptimizationConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
+class TrainingConfig(
+    CheckpointConfig, OptimizationConfig, DeviceConfig, RougeConfig, RunConfig, DataConfig, SourceConfig
+):
     output_dir: str = setting("./flan-t5-base-dialogsum-checkpoint", "folder for the model and the run's records")
 
 
@@ -329,7 +340,7 @@ class ScoringConfig(Config):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(ScoringConfig, DecodingConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
+class EvaluationConfig(ScoringConfig, RougeConfig, DecodingConfig, DeviceConfig, RunConfig, DataConfig, SourceConfig):
     output_dir: str = setting("./rouge-report", "folder for predictions.jsonl, results.json and the reports")
 
     @property

@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import UserError
+from utils.data.unknown import describe_unknown
 from utils.files import DISK_ERRORS, describe_file, hash_value, make_folder, write_json
 from utils.launch.times import timed
 from utils.prompting import DEFAULT_PROMPT, Prompt, build_prompt
@@ -125,4 +126,7 @@ def tokenize_rows(
             (source_lengths > config.max_source_length).sum(), config.max_source_length,
             (target_lengths > config.max_target_length).sum(), config.max_target_length,
         )  # fmt: skip
+        texts = ([row[column] for row in rows] for column in ("dialogue", "summary"))
+        if unknown := describe_unknown(tokenizer, *texts):
+            logger.warning("%s: %s", split, "; ".join(unknown))
     return tokens

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from utils.config import EvaluationConfig, SummaryConfig
 from utils.data.micro_batches import deal, micro_batch_cost
 from utils.data.tokens import tokenize_prompts
+from utils.data.unknown import describe_unknown
 from utils.files import hash_value
 from utils.generation.decoding import count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
@@ -45,16 +46,18 @@ def choose_dtype(
 
 
 def summarize_with_models(
-    accelerator: Accelerator, texts: list[str], config: EvaluationConfig
-) -> tuple[dict[str, dict[str, Summary]], dict[str, str]]:
-    """(`summaries[model][text]` of each of `texts`, `hashes[model]`)."""
+    accelerator: Accelerator, texts: list[str], references: list[str], config: EvaluationConfig
+) -> tuple[dict[str, dict[str, Summary]], dict[str, str], dict[str, list[str]]]:
+    """(`summaries[model][text]` of each of `texts`, `hashes[model]`, `unknown[model]`: sentences on what its tokenizer
+    does not know of texts and references)."""
     kept = read_batches(accelerator, config.partial_texts)
-    summaries, hashes = {}, {}
+    summaries, hashes, unknown = {}, {}, {}
     for name, model, tokenizer, model_hash in load_models(config):
         summaries[name] = generate_summaries(accelerator, model, tokenizer, texts, config, name, kept, model_hash)
         hashes[name] = model_hash
+        unknown[name] = log_unknown(accelerator, name, tokenizer, texts, references)
         del model  # before the next one is loaded
-    return summaries, hashes
+    return summaries, hashes, unknown
 
 
 def load_models(config: EvaluationConfig) -> Iterator[tuple[str, PreTrainedModel, PreTrainedTokenizerBase, str]]:
@@ -79,9 +82,19 @@ def load_summarizer(
     kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
 
     def summarize(dialogues: list[str]) -> dict[str, Summary]:
+        log_unknown(accelerator, "dialogues", tokenizer, dialogues, [])
         return generate_summaries(accelerator, model, tokenizer, dialogues, config, "summaries", kept, model_hash)
 
     return summarize, model_hash
+
+
+def log_unknown(
+    accelerator: Accelerator, name: str, tokenizer: PreTrainedTokenizerBase, texts: list[str], references: list[str]
+) -> list[str]:
+    unknown = describe_unknown(tokenizer, texts, references)
+    if unknown and accelerator.is_main_process:
+        logger.warning("%s: %s", name, "; ".join(unknown))
+    return unknown
 
 
 def load_with_hash(

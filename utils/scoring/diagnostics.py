@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import re
 from collections import Counter
 
+from utils.config import EvaluationConfig
+from utils.scoring.words import share_unseen, split_words
 
-def split_words(text: str) -> list[str]:
-    """Words in lower case, letters and digits of any script."""
-    return re.findall(r"\w+", text.lower())
+LEAST_UNSEEN = 0.01  # share of the letters that is worth a sentence
 
 
 def find_fragments(words: list[str], source: list[str]) -> list[int]:
@@ -69,6 +68,32 @@ def describe_texts(
         "share_duplicates": mean([num_dialogues_with[text] > 1 for text in texts]),
         "share_truncated": mean(truncated) if known else None,
     }
+
+
+def describe_notes(
+    config: EvaluationConfig,
+    texts: dict[str, list[str]],
+    references: list[str],
+    unknown: dict[str, list[str]],
+) -> list[str]:
+    """Sentences on what ROUGE and the models do not see: `texts[model]`, `unknown[model]`, see describe_unknown."""
+    notes = [f"{name}: {sentence}." for name, sentences in unknown.items() for sentence in sentences]
+    unseen = share_unseen(references)
+    if config.rouge_tokenizer == "default" and unseen >= LEAST_UNSEEN:
+        notes.append(
+            f"ROUGE's default tokenizer drops {unseen:.1%} of the letters and digits of the references, all but a to "
+            "z and 0 to 9: --rouge_tokenizer unicode keeps them."
+        )
+    if not config.rouge_newline:
+        several = {name: sum("\n" in text for text in group) for name, group in texts.items()}
+        several["the references"] = sum("\n" in text for text in references)
+        counts = ", ".join(f"{number} of {name}" for name, number in several.items() if number)
+        notes.append(
+            f"rougeLsum compares line by line, and these texts have several lines: {counts}."
+            if counts
+            else "rougeLsum is rougeL here: every text has one line."
+        )
+    return notes
 
 
 def mean(values: list[float]) -> float | None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from utils.generation.summaries import load_models
 from utils.launch.output_dir import RESULTS, read_finished
 from utils.launch.processes import call_on_main
 from utils.launch.script import describe_software
-from utils.scoring.diagnostics import describe_texts
+from utils.scoring.diagnostics import describe_notes, describe_texts
 from utils.scoring.predictions import hash_predictions
 from utils.scoring.rouge import compare_models, score_texts
 from utils.scoring.tables import describe_differences, pair_comparisons
@@ -76,7 +75,14 @@ def write_results(
     sources = [dialogue["dialogue"] for dialogue in dialogues]
     in_order = {name: [by_dialogue[source] for source in sources] for name, by_dialogue in summaries.items()}
     scores = {
-        name: score_texts([s.text for s in texts_of_model], references, config.use_stemmer, config.rouge_newline, name)
+        name: score_texts(
+            [summary.text for summary in texts_of_model],
+            references,
+            config.use_stemmer,
+            config.rouge_newline,
+            config.rouge_tokenizer,
+            name,
+        )
         for name, texts_of_model in in_order.items()
     }
     lines = [
@@ -85,9 +91,6 @@ def write_results(
         for index, (dialogue, summary) in enumerate(zip(dialogues, texts_of_model, strict=True))
     ]
     models, comparisons = compare_models(scores, config.seed)
-    num_unseen = sum(not re.search("[a-z0-9]", text.lower()) for texts in references for text in texts)
-    if num_unseen:
-        logger.warning("%d references have no letter a to z and no digit: nothing else counts in ROUGE", num_unseen)
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
     for name, texts_of_model in in_order.items():
         texts, truncated = [s.text for s in texts_of_model], [s.truncated for s in texts_of_model]
@@ -106,7 +109,9 @@ def write_results(
         "settings": dataclasses.asdict(config),
         **describe_software(),
     }
+    texts = {name: [summary.text for summary in texts_of_model] for name, texts_of_model in in_order.items()}
     results["conclusions"] = describe_differences(pair_comparisons(results), len(dialogues))
+    results["conclusions"] += describe_notes(config, texts, texts_of_people, header["unknown"])
     write_jsonl(Path(config.output_dir) / "predictions.jsonl", lines)
     # A kill in between leaves texts and scores that are not of each other, as a report will notice.
     results["predictions_sha256"] = describe_file(Path(config.output_dir) / "predictions.jsonl")["sha256"]

@@ -18,6 +18,8 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm.auto import tqdm
 
+from utils.scoring.words import UnicodeTokenizer
+
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 PROTOCOLS = ("average", "max", "first")
 NUM_DRAWS = 1000
@@ -40,10 +42,16 @@ class Rouge(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: list[str], references: list[list[str]], use_stemmer: bool, newline: bool, name: str | None
+        self,
+        predictions: list[str],
+        references: list[list[str]],
+        use_stemmer: bool,
+        newline: bool,
+        tokenizer: str,
+        name: str | None,
     ) -> dict[str, list]:
         pairs = list(zip(predictions, references, strict=True))
-        score = functools.partial(score_text, use_stemmer=use_stemmer, newline=newline)
+        score = functools.partial(score_text, use_stemmer=use_stemmer, newline=newline, tokenizer=tokenizer)
         show = functools.partial(tqdm, total=len(pairs), desc=f"{name} ROUGE", unit="text", disable=not name)
         # While training none: its 64 texts take no time, and its signals' handlers would keep a pool from ending.
         num_cores = min(count_cores() if name else 1, math.ceil(len(pairs) / CHUNK_SIZE))
@@ -65,10 +73,12 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def score_text(pair: tuple[str, list[str]], use_stemmer: bool, newline: bool) -> dict[str, list[float]]:
+def score_text(
+    pair: tuple[str, list[str]], use_stemmer: bool, newline: bool, tokenizer: str
+) -> dict[str, list[float]]:
     """`scores[metric][reference]` of a (text, references)."""
     prediction, references = pair
-    scorer = make_scorer(use_stemmer)
+    scorer = make_scorer(use_stemmer, tokenizer)
     if newline:
         prediction, references = split_sentences(prediction), [split_sentences(text) for text in references]
     scores = [scorer.score(reference, prediction) for reference in references]
@@ -76,8 +86,9 @@ def score_text(pair: tuple[str, list[str]], use_stemmer: bool, newline: bool) ->
 
 
 @functools.cache
-def make_scorer(use_stemmer: bool) -> RougeScorer:
-    return RougeScorer(METRICS, use_stemmer=use_stemmer)
+def make_scorer(use_stemmer: bool, tokenizer: str) -> RougeScorer:
+    own = UnicodeTokenizer(use_stemmer) if tokenizer == "unicode" else None  # rouge_score's default
+    return RougeScorer(METRICS, use_stemmer=use_stemmer, tokenizer=own)
 
 
 def split_sentences(text: str) -> str:
@@ -94,14 +105,16 @@ def score_texts(
     references: list[list[str]],
     use_stemmer: bool,
     newline: bool = False,
+    tokenizer: str = "default",
     name: str | None = None,
 ) -> dict[str, list[list[float]]]:
     """`scores[metric][dialogue][reference]`, F1 between 0 and 1; with a name, progress is shown."""
     with tempfile.TemporaryDirectory() as cache_dir:  # which it makes though it keeps all in memory
         metric = Rouge(cache_dir=cache_dir, keep_in_memory=True)
         return metric.compute(
-            predictions=predictions, references=references, use_stemmer=use_stemmer, newline=newline, name=name
-        )
+            predictions=predictions, references=references, use_stemmer=use_stemmer, newline=newline,
+            tokenizer=tokenizer, name=name,
+        )  # fmt: skip
 
 
 def sum_by_dialogue(scores: list[list[float]], protocol: str) -> tuple[np.ndarray, np.ndarray]:

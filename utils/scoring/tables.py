@@ -35,9 +35,10 @@ def build_scores(results: dict[str, Any]) -> Table:
                     styles[len(rows), column + 2] = "best"
             rows.append([name, protocol, *(f"{format_percent(score)} {format_interval(score)}" for score in scores)])
     stemmer = "with" if settings["use_stemmer"] else "without"
+    words = " on words of any script" if settings.get("rouge_tokenizer") == "unicode" else ""
     lines = "a line for each sentence" if settings.get("rouge_newline") else "text as it is"
     title = (
-        f"ROUGE F1 in percent [95 % interval], {stemmer} stemmer, rougeLsum on {lines}, "
+        f"ROUGE F1 in percent [95 % interval]{words}, {stemmer} stemmer, rougeLsum on {lines}, "
         f"{results['num_dialogues']} dialogues with {results['num_rows']} references"
     )
     return Table(title, ["model", "references", *METRICS], rows, styles)

@@ -82,6 +82,7 @@ def score_sample(
         batches = cut_batches(list(map(len, sample["input_ids"])), settings, accelerator.device)
         summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], batches, settings)
     references = [[text] for text in tokenizer.batch_decode(sample["labels"], skip_special_tokens=True)]
-    scores = score_texts([summary.text for summary in summaries], references, use_stemmer=False)
+    predictions = [summary.text for summary in summaries]
+    scores = score_texts(predictions, references, use_stemmer=False, tokenizer=config.rouge_tokenizer)
     samples = [(texts[0], s.text) for texts, s in zip(references, summaries, strict=True)][:NUM_SAMPLES]
     return {config.metric_for_best_model: float(np.mean(scores[config.metric_for_best_model]))}, samples
