@@ -1099,7 +1099,7 @@ def test_two_systems_are_compared(here):
     results = json.loads((here / "out" / "results.json").read_text())
     assert list(results["comparisons"]) == ["a=1_vs_b/they", "a=1_vs_b/greet", "b/they_vs_b/greet"]
     assert results["comparisons"]["b/they_vs_b/greet"]["max"]["rouge1"] == {
-        "difference": 0, "low": 0, "high": 0, "p_value": 1
+        "difference": 0, "low": 0, "high": 0, "p_value": 1, "p_value_holm": 1
     }  # fmt: skip
     assert results["models"]["a=1"]["diagnostics"]["share_truncated"] == 1
     assert results["models"]["b/they"]["diagnostics"]["share_truncated"] is None

@@ -10,10 +10,10 @@ from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
 
 import evaluate_rouge
 from utils.config import EvaluationConfig, UserError
-from utils.scoring.html_report import build_page, escape_json
+from utils.scoring.html_report import build_page, collect_data, escape_json
 from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.results import read_training
-from utils.scoring.tables import Table, describe_differences
+from utils.scoring.tables import Table, build_differences, describe_differences
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{data}} &lt;"
@@ -228,6 +228,12 @@ def test_report_only_writes_the_same_again(report, tmp_path):
         (folder / "predictions.jsonl").write_text("".join(left))
         with pytest.raises(UserError, match="predictions.jsonl does not hold the texts of"):
             read_results(folder)
+    results = json.loads((folder / "results.json").read_text())
+    shutil.copy(report / "out" / "predictions.jsonl", folder)
+    del results["comparisons"]["base_vs_other"]["max"]["rouge2"]["p_value_holm"]
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="results.json is from an earlier version"):
+        read_results(folder)
     (folder / "results.json").write_text("{}")
     run = run_script("evaluate_rouge.py", "--report_only", "--output_dir", folder)
     assert (run.returncode, "is from an earlier version" in run.stderr) == (2, True)
@@ -280,25 +286,42 @@ def test_table_is_aligned():
     assert format_table(TABLE).splitlines() == plain
 
 
-def make_comparison(**intervals: tuple[float, float]) -> dict:
-    noise = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), (-0.1, 0.1))
-    return {"average": {name: {"low": low, "high": high} for name, (low, high) in (noise | intervals).items()}}
+def make_comparison(**found: tuple[float, float]) -> dict:
+    """Of each metric a difference and a corrected p-value; those not given are noise."""
+    noise = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), (0.1, 0.05))
+    return {
+        "average": {
+            name: {"difference": difference, "p_value": 0.01, "p_value_holm": p_value}
+            for name, (difference, p_value) in (noise | found).items()
+        }
+    }
 
 
 def test_sentences():
-    pairs = [(("a", "b"), make_comparison(rouge1=(0.01, 0.02))), (("a", "c"), make_comparison(rouge1=(-0.2, -0.1)))]
-    beyond, within = describe_differences(pairs, 100)
+    pairs = [(("a", "b"), make_comparison(rouge1=(0.1, 0.049))), (("a", "c"), make_comparison(rouge1=(-0.1, 0.001)))]
+    beyond, within = describe_differences(pairs, 50)
     assert beyond.endswith(": a above b in rouge1; c above a in rouge1.")
     assert within.endswith(": a and b in rouge2, rougeL, rougeLsum; a and c in rouge2, rougeL, rougeLsum.")
-    assert describe_differences(pairs, 99)[2].startswith("Only 99 dialogues")
-    assert describe_differences(pairs, 9) == [
-        "Only 9 dialogues scored: too few to say of any difference that it is beyond noise. "
+    assert describe_differences(pairs, 49) == [
+        "Only 49 dialogues scored: too few to say of any difference that it is beyond noise; 50 are needed. "
         "This is a quick look, not a result."
     ]
-    same = make_comparison(rouge1=(1, 2), rouge2=(1, 2), rougeL=(1, 2), rougeLsum=(1, 2))
-    assert describe_differences([(("a", "b"), same), (("a", "c"), same)], 100)[0].endswith(
-        ": a above b and c in every metric."
-    )
+    same = make_comparison(**dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), (0.1, 0.0)))
+    assert describe_differences([(("a", "b"), same), (("a", "c"), same)], 50) == [
+        "Beyond noise (corrected p below .05, average over references): a above b and c in every metric."
+    ]
+
+
+def test_both_p_values_are_shown(report):
+    results = json.loads((report / "out" / "results.json").read_text(encoding="utf-8"))
+    results["comparisons"]["base_vs_other"]["average"]["rouge1"] |= {"p_value": 0.0123, "p_value_holm": 0.0456}
+    table = build_differences(results)
+    assert "p-value alone / corrected by Holm for the 12 comparisons" in table.title
+    assert table.rows[1][:2] == ["base minus other", "average"] and table.rows[1][2].endswith("] p .012 / .046")
+    assert table.rows[0][2].endswith("] p <.001 / .001") and table.styles[0, 2] == "below"
+    assert set(build_differences(results | {"num_dialogues": 49}).styles.values()) == {"noise"}
+    shown = collect_data(results | {"num_dialogues": 49}, [])["comparisons"][0]["scores"]["average"]["rouge1"]
+    assert shown["verdict"] == "noise"
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from conftest import DIALOGSUM, make_rows
 from rouge_score.rouge_scorer import RougeScorer
 
 from utils.scoring import rouge
-from utils.scoring.rouge import METRICS, PROTOCOLS, bootstrap, compare_models, score_texts, split_sentences
+from utils.scoring.rouge import METRICS, PROTOCOLS, compare_models, score_texts, split_sentences
+from utils.scoring.significance import correct_for_number
 
 REFERENCES = [
     ["the cat sat on the mat", "a cat sat"],
@@ -64,30 +65,24 @@ def test_difference_is_a_minus_b_with_its_own_interval():
     assert list(comparisons) == ["better_vs_worse"]
 
 
-def test_interval_of_a_bootstrap():
-    """Of 400 scores of standard deviation 0.1, the mean's standard error is 0.005."""
-    sums = np.random.default_rng(1).normal(0.5, 0.1, 400)
-    value, low, high, p_value = bootstrap(sums, np.ones(400), seed=0)
-    assert value == pytest.approx(sums.mean())
-    assert (high - low) / 2 == pytest.approx(1.96 * sums.std() / 20, rel=0.1)
-    assert p_value == 2 / 1001  # no draw of 1,000 was at or below 0
-    assert (value, low, high, p_value) == bootstrap(sums, np.ones(400), seed=0)
-    # A dialogue's three rows share one text: repeating rows must not narrow the interval.
-    assert bootstrap(sums * 3, np.full(400, 3), seed=0) == pytest.approx((value, low, high, p_value))
+def test_p_values_are_corrected_within_a_protocol():
+    rows = make_rows(20)
+    texts = {"a": [row["dialogue"] for row in rows], "b": [row["summary"] for row in rows], "c": ["the park"] * 20}
+    _, comparisons = compare_texts(texts, [[row["summary"], row["dialogue"][:50]] for row in rows])
+    assert list(comparisons) == ["a_vs_b", "a_vs_c", "b_vs_c"]
+    for protocol in PROTOCOLS:
+        entries = [comparison[protocol][metric] for comparison in comparisons.values() for metric in METRICS]
+        expected = correct_for_number(np.array([entry["p_value"] for entry in entries]))
+        assert [entry["p_value_holm"] for entry in entries] == expected.tolist()
+        assert 12 * min(entry["p_value"] for entry in entries) == min(expected) < 0.05
 
 
-@pytest.mark.parametrize(("z", "expected"), [(0, 1), (1, 0.317), (1.96, 0.05), (-1.96, 0.05)])
-def test_p_value(z, expected):
-    """Of a mean that is z standard errors from 0: that of a normal distribution, both sides."""
-    sums = np.random.default_rng(2).normal(0, 1, 500)
-    sums = (sums - sums.mean()) / sums.std() + z / np.sqrt(500)
-    _, low, high, p_value = bootstrap(sums, np.ones(500), seed=0)
-    assert p_value == pytest.approx(expected, abs=0.04 if abs(z) < 1.5 else 0.02)
-    assert low < 0 < high or abs(z) > 1.5
-
-
-def test_no_difference_has_p_value_1():
-    assert bootstrap(np.zeros(5), np.ones(5), seed=0) == (0, 0, 0, 1)
+def test_intervals_end_where_scores_do():
+    """Two dialogues: Student's distribution, for one degree of freedom, would go far beyond."""
+    models, comparisons = compare_texts({"a": ["x y", "x"], "b": ["z", "z"]}, [["x y"], ["x y"]])
+    score, difference = models["a"]["scores"]["max"]["rouge1"], comparisons["a_vs_b"]["max"]["rouge1"]
+    assert (score["low"], score["high"]) == (0, 1)
+    assert (difference["low"], difference["high"], difference["p_value"]) == (-1, 1, 0.5)
 
 
 @pytest.mark.skipif(not DIALOGSUM.is_dir(), reason="DialogSum is not beside the project")

@@ -15,7 +15,7 @@ import vl_convert
 
 from utils.scoring.diagnostics import split_words
 from utils.scoring.rouge import METRICS, PROTOCOLS
-from utils.scoring.tables import Table, build_tables, pair_comparisons
+from utils.scoring.tables import ENOUGH_DIALOGUES, Table, build_tables, judge, pair_comparisons
 
 PAGE = Path(__file__).parent / "report_page"
 SOFTWARE = ("git_commit", "python_version", "library_versions", "data_fingerprint", "num_processes")
@@ -33,6 +33,7 @@ def build_page(results: dict[str, Any], predictions: list[dict[str, Any]]) -> st
         "size": f"{results['num_dialogues']:,} dialogues of the {html.escape(str(example['split']))} split, "
         f"{results['num_rows']:,} references",
         "conclusions": "".join(f"<li>{html.escape(text)}</li>" for text in results["conclusions"]),
+        "enough": str(ENOUGH_DIALOGUES),
         "scores": scores,
         "differences": differences,
         "other_tables": "\n".join(others),
@@ -76,9 +77,19 @@ def collect_data(results: dict[str, Any], predictions: list[dict[str, Any]]) -> 
         "models": names,
         "metrics": METRICS,
         "protocols": PROTOCOLS,
-        "comparisons": [{"pair": pair, "scores": scores} for pair, scores in pair_comparisons(results)],
+        "comparisons": [
+            {"pair": pair, "scores": add_verdicts(scores, results["num_dialogues"])}
+            for pair, scores in pair_comparisons(results)
+        ],
         "curves": [[name, training["curves"]] for name, training in trainings.items() if training],
         "dialogues": list(dialogues.values()),
+    }
+
+
+def add_verdicts(comparison: dict[str, dict[str, dict]], num_dialogues: int) -> dict[str, dict[str, dict]]:
+    return {
+        protocol: {metric: entry | {"verdict": judge(entry, num_dialogues)} for metric, entry in entries.items()}
+        for protocol, entries in comparison.items()
     }
 
 

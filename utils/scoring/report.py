@@ -13,7 +13,7 @@ from utils.launch.locks import lock_folder
 from utils.launch.output_dir import CARD
 from utils.modeling.model_card import add_scores
 from utils.scoring.html_report import build_page
-from utils.scoring.tables import Table, build_scores, build_tables
+from utils.scoring.tables import Table, build_scores, build_tables, is_current
 
 logger = logging.getLogger(__name__)
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tab and line feed
@@ -36,7 +36,7 @@ def read_results(output_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         raise UserError(f"--report_only: there is no {path}; evaluate first, without it")
     results = parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
     lines = [line for _, line in read_file(output_dir / "predictions.jsonl")]
-    if not isinstance(results, dict) or "predictions_sha256" not in results:
+    if not isinstance(results, dict) or not is_current(results):
         raise UserError(f"--report_only: {path} is from an earlier version; evaluate again")
     if describe_file(output_dir / "predictions.jsonl")["sha256"] != results["predictions_sha256"]:
         raise UserError(f"--report_only: predictions.jsonl does not hold the texts of {path}; evaluate again")

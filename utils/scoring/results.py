@@ -19,7 +19,7 @@ from utils.launch.script import describe_software
 from utils.scoring.diagnostics import describe_notes, describe_texts
 from utils.scoring.predictions import hash_predictions
 from utils.scoring.rouge import compare_models, score_texts
-from utils.scoring.tables import describe_differences, pair_comparisons
+from utils.scoring.tables import describe_differences, is_current, pair_comparisons
 
 logger = logging.getLogger(__name__)
 NUM_POINTS = 200  # of a curve in a report; longer ones are thinned
@@ -52,6 +52,7 @@ def check_same(before: dict[str, Any], config: EvaluationConfig, rows: list[dict
             del model  # before the next one is loaded
     predictions = Path(config.output_dir) / "predictions.jsonl"
     problems = {
+        "its scores are from an earlier version": not is_current(before),
         "the data has changed": before.get("data_fingerprint") != hash_value(rows),
         "the models or texts have changed": before.get("hashes") != hashes,
         "predictions.jsonl is not what was written": not predictions.is_file()

@@ -1,4 +1,4 @@
-"""From texts to ROUGE scores, with intervals. There is no torch in here.
+"""From texts to ROUGE scores, and what they say of the models. There is no torch in here.
 
 A dialogue may have several references. `average` scores its text against each and takes the mean, which is the same as
 scoring every row of a split that repeats the dialogue; `max` takes the best reference; `first` the first one alone.
@@ -18,11 +18,11 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm.auto import tqdm
 
+from utils.scoring.significance import compare_means, estimate_means
 from utils.scoring.words import UnicodeTokenizer
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 PROTOCOLS = ("average", "max", "first")
-NUM_DRAWS = 1000
 CHUNK_SIZE = 32  # texts that one core scores at a time; a few hundredths of a second
 
 
@@ -125,46 +125,33 @@ def sum_by_dialogue(scores: list[list[float]], protocol: str) -> tuple[np.ndarra
     return np.array([choose(iter(row)) for row in scores]), np.ones(len(scores))
 
 
-@functools.lru_cache(maxsize=1)
-def draw_dialogues(num_dialogues: int, seed: int) -> np.ndarray:
-    """Indices of shape (NUM_DRAWS, dialogues), drawn with replacement."""
-    return np.random.default_rng(seed).integers(num_dialogues, size=(NUM_DRAWS, num_dialogues))
-
-
-def bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float, float, float]:
-    """Mean, the 2.5th and 97.5th percentile of the means of NUM_DRAWS draws of dialogues with replacement, and the
-    two-sided p-value of a mean of 0.
-
-    Dialogues are drawn and not rows, since a dialogue's rows share one text. The percentile bootstrap of Efron and
-    Tibshirani (1993), An Introduction to the Bootstrap, section 13.3. The p-value is twice the share of draws on the
-    rarer side of 0 (draws at 0 count on both), as Koehn (2004), Statistical Significance Tests for Machine
-    Translation Evaluation, counts them on one side; with one added to the draws and to those counted, so that it is
-    never 0 (Davison and Hinkley, 1997, Bootstrap Methods and their Application, section 4.2).
-    """
-    order = np.lexsort((counts, sums))  # so that neither draws nor rounding depend on the order of the dialogues
-    sums, counts = sums[order], counts[order]
-    drawn = draw_dialogues(len(sums), seed)
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    rarer = min((means <= 0).sum(), (means >= 0).sum())
-    p_value = min(1.0, 2 * (rarer + 1) / (NUM_DRAWS + 1))
-    return float(sums.sum() / counts.sum()), float(low), float(high), float(p_value)
-
-
 def compare_models(scores: dict[str, dict[str, list[list[float]]]], seed: int) -> tuple[dict, dict]:
     """(models, comparisons) as results.json has them, of `scores[model][metric][dialogue][reference]`: fractions
-    between 0 and 1, differences A minus B."""
+    between 0 and 1, differences A minus B. `p_value_holm` is corrected for all comparisons by the same protocol."""
     models = {name: {"scores": {protocol: {} for protocol in PROTOCOLS}} for name in scores}
     pairs = list(itertools.combinations(scores, 2))
     comparisons = {f"{a}_vs_{b}": {protocol: {} for protocol in PROTOCOLS} for a, b in pairs}
-    for protocol, metric in itertools.product(PROTOCOLS, METRICS):
-        sums = {name: sum_by_dialogue(scores[name][metric], protocol) for name in scores}
+    for protocol in PROTOCOLS:
+        sums = {}
         for name in scores:
-            value, low, high, _ = bootstrap(*sums[name], seed)
-            models[name]["scores"][protocol][metric] = {"value": value, "low": low, "high": high}
-        for a, b in pairs:
-            # Drawn in pairs: the dialogues that are hard for one model are hard for the other.
-            difference, low, high, p_value = bootstrap(sums[a][0] - sums[b][0], sums[a][1], seed)
-            entry = {"difference": difference, "low": low, "high": high, "p_value": p_value}
-            comparisons[f"{a}_vs_{b}"][protocol][metric] = entry
+            columns = [sum_by_dialogue(scores[name][metric], protocol) for metric in METRICS]
+            sums[name], counts = np.stack([column for column, _ in columns], axis=1), columns[0][1]
+            values, lows, highs, _ = estimate_means(sums[name], counts)
+            for index, metric in enumerate(METRICS):
+                score = {"value": values[index], "low": max(0, lows[index]), "high": min(1, highs[index])}
+                models[name]["scores"][protocol][metric] = {key: float(value) for key, value in score.items()}
+        if pairs:
+            # In pairs: the dialogues that are hard for one model are hard for the other.
+            differences = np.concatenate([sums[a] - sums[b] for a, b in pairs], axis=1)
+            entries = iter(compare_columns(differences, counts, seed))
+            for (a, b), metric in itertools.product(pairs, METRICS):
+                comparisons[f"{a}_vs_{b}"][protocol][metric] = next(entries)
     return models, comparisons
+
+
+def compare_columns(differences: np.ndarray, counts: np.ndarray, seed: int) -> list[dict[str, float]]:
+    """An entry of results.json for each column of `differences` (dialogues, columns)."""
+    (values, lows, highs, p_values), corrected = compare_means(differences, counts, seed)
+    columns = zip(values, np.maximum(lows, -1), np.minimum(highs, 1), p_values, corrected, strict=True)
+    names = ("difference", "low", "high", "p_value", "p_value_holm")
+    return [dict(zip(names, map(float, column), strict=True)) for column in columns]

@@ -3,10 +3,10 @@
 import itertools
 from typing import Any, NamedTuple
 
-from utils.scoring.rouge import METRICS, NUM_DRAWS, PROTOCOLS
+from utils.scoring.rouge import METRICS, PROTOCOLS
 
-FEW_DIALOGUES = 100  # below that, intervals are a warning more than a result
-TOO_FEW_DIALOGUES = 10  # below that, drawing from them says nothing of other dialogues
+ENOUGH_DIALOGUES = 50  # from there on p-values err as they should, for all kinds measured: tests/benchmarks/README.md
+LEVEL = 0.05
 
 
 class Table(NamedTuple):
@@ -45,18 +45,23 @@ def build_scores(results: dict[str, Any]) -> Table:
 
 
 def build_differences(results: dict[str, Any]) -> Table:
+    """Every pair's differences, with each p-value as it is and as corrected."""
     rows, styles = [], {}
     for protocol in PROTOCOLS:
         for (a, b), comparison in pair_comparisons(results):
             entries = [comparison[protocol][metric] for metric in METRICS]
             for column, entry in enumerate(entries):
-                styles[len(rows), column + 2] = judge(entry)
+                styles[len(rows), column + 2] = judge(entry, results["num_dialogues"])
             cells = [
-                f"{format_percent(entry, '+')} {format_interval(entry, '+')} p {format_p_value(entry['p_value'])}"
+                f"{format_percent(entry, '+')} {format_interval(entry, '+')} p {format_p_value(entry['p_value'])} / "
+                f"{format_p_value(entry['p_value_holm'])}"
                 for entry in entries
             ]
             rows.append([f"{a} minus {b}", protocol, *cells])
-    title = f"Differences in points [95 % interval] with p-values, paired bootstrap of {NUM_DRAWS} draws of dialogues"
+    title = (
+        "Differences in points [95 % interval], p-value alone / corrected by Holm for the "
+        f"{len(METRICS) * len(results['comparisons'])} comparisons against the same references"
+    )
     return Table(title, ["difference", "references", *METRICS], rows, styles)
 
 
@@ -106,8 +111,18 @@ def pair_comparisons(results: dict[str, Any]) -> list[tuple[tuple[str, str], dic
     return [((a, b), results["comparisons"][f"{a}_vs_{b}"]) for a, b in pairs]
 
 
-def judge(entry: dict[str, float]) -> str:
-    return "above" if entry["low"] > 0 else "below" if entry["high"] < 0 else "noise"
+def is_current(results: dict[str, Any]) -> bool:
+    """Whether a results.json has all that a report shows; earlier versions had other p-values, or none."""
+    comparisons = results.get("comparisons", {}).values()
+    entries = [entry for one in comparisons for by_metric in one.values() for entry in by_metric.values()]
+    return "predictions_sha256" in results and all("p_value_holm" in entry for entry in entries)
+
+
+def judge(entry: dict[str, float], num_dialogues: int) -> str:
+    """Whether a difference is told from noise, by its corrected p-value and where there are dialogues enough."""
+    if num_dialogues < ENOUGH_DIALOGUES or entry["p_value_holm"] >= LEVEL:
+        return "noise"
+    return "above" if entry["difference"] > 0 else "below"
 
 
 def format_percent(score: dict[str, float], sign: str = "") -> str:
@@ -119,20 +134,19 @@ def format_interval(score: dict[str, float], sign: str = "") -> str:
 
 
 def format_p_value(p_value: float) -> str:
-    least = 2 / (NUM_DRAWS + 1)  # that so many draws can give
-    return "≤" * (p_value <= least) + f"{p_value:.3f}".removeprefix("0")
+    return "<.001" if p_value < 0.001 else f"{p_value:.3f}".removeprefix("0")
 
 
 def describe_differences(comparisons: list[tuple[tuple[str, str], dict]], num_dialogues: int) -> list[str]:
     """Sentences that say which differences are beyond noise, by the protocol `average`."""
-    if num_dialogues < TOO_FEW_DIALOGUES:
+    if num_dialogues < ENOUGH_DIALOGUES:
         few = f"Only {num_dialogues} dialogue{'s' * (num_dialogues > 1)} scored: too few to say of any difference that"
-        return [f"{few} it is beyond noise. This is a quick look, not a result."]
+        return [f"{few} it is beyond noise; {ENOUGH_DIALOGUES} are needed. This is a quick look, not a result."]
     beyond, within = {}, []
     for (a, b), comparison in comparisons:
         metrics = {verdict: [] for verdict in ("above", "below", "noise")}
         for metric in METRICS:
-            metrics[judge(comparison["average"][metric])].append(metric)
+            metrics[judge(comparison["average"][metric], num_dialogues)].append(metric)
         for verdict, (better, worse) in (("above", (a, b)), ("below", (b, a))):
             if metrics[verdict]:
                 beyond.setdefault((better, list_metrics(metrics[verdict])), []).append(worse)
@@ -141,11 +155,9 @@ def describe_differences(comparisons: list[tuple[tuple[str, str], dict]], num_di
     sentences = []
     if beyond:
         found = [f"{better} above {' and '.join(worse)} in {where}" for (better, where), worse in beyond.items()]
-        sentences.append(f"Beyond noise (95 % interval without 0, average over references): {'; '.join(found)}.")
+        sentences.append(f"Beyond noise (corrected p below .05, average over references): {'; '.join(found)}.")
     if within:
         sentences.append(f"Not told apart by these dialogues: {'; '.join(within)}.")
-    if num_dialogues < FEW_DIALOGUES:
-        sentences.append(f"Only {num_dialogues} dialogues scored: wide intervals, and still a little too narrow.")
     return sentences
 
 

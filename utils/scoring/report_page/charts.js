@@ -55,11 +55,9 @@ function color(field, values) {
 function drawForest() {
   const metric = byId("metric").value, protocol = byId("protocol").value;
   const values = data.comparisons.map(({ pair, scores }) => {
-    const { difference, low, high, p_value } = scores[protocol][metric];
-    return {
-      pair: `${pair[0]} minus ${pair[1]}`, difference: 100 * difference, low: 100 * low, high: 100 * high, p_value,
-      verdict: low > 0 ? "above" : high < 0 ? "below" : "noise",
-    };
+    const { difference, low, high, ...others } = scores[protocol][metric];
+    const name = `${pair[0]} minus ${pair[1]}`;
+    return { pair: name, difference: 100 * difference, low: 100 * low, high: 100 * high, ...others };
   });
   const verdicts = ["above", "below", "noise"];
   const shade = {
@@ -70,6 +68,7 @@ function drawForest() {
   const tooltip = [
     { field: "pair" }, { field: "difference", format: "+.2f" }, { field: "low", format: "+.2f" },
     { field: "high", format: "+.2f" }, { field: "p_value", format: ".3f" },
+    { field: "p_value_holm", format: ".3f" },
   ];
   const x = { field: "low", type: "quantitative", title: `difference in ${metricNames[metric]}, points` };
   return draw("forest", "Differences of every two models with 95 % intervals; the table below has the numbers", {
