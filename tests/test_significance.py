@@ -92,7 +92,7 @@ def test_memory_is_bounded(monkeypatch):
 def test_correction():
     """Holm's: the least times 4, the next times 3, and so on; never less than one before, nor more than 1."""
     assert correct_for_number(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert correct_for_number(np.array([0.5, 0.6, 0.04])) == pytest.approx([1, 1, 0.12])
+    assert correct_for_number(np.array([0.7, 0.8, 0.04])) == pytest.approx([1, 1, 0.12])
     assert correct_for_number(np.array([0.2])) == [0.2]
 
 
