@@ -99,6 +99,7 @@ def test_an_evaluation(model, tmp_path, kind):
         rows: "the data has changed",
         texts if kind == "predictions_file" else model / "model.safetensors": "the models or texts have changed",
         out / "predictions.jsonl": "predictions.jsonl is not what was written",
+        out / "results.json": "its scores are from an earlier version",
     }
     for path, problem in changes.items():
         content = path.read_bytes()
@@ -106,6 +107,8 @@ def test_an_evaluation(model, tmp_path, kind):
             write_rows(rows, make_rows(4, seed=3))
         elif path == texts:
             path.write_bytes(content.replace(b"Yes", b"Yet"))
+        elif path.name == "results.json":
+            path.write_bytes(content.replace(b"predictions_sha256", b"sha256"))
         else:
             change(path)
         refused = evaluate()

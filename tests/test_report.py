@@ -299,15 +299,15 @@ def make_comparison(**found: tuple[float, float]) -> dict:
 
 def test_sentences():
     pairs = [(("a", "b"), make_comparison(rouge1=(0.1, 0.049))), (("a", "c"), make_comparison(rouge1=(-0.1, 0.001)))]
-    beyond, within = describe_differences(pairs, 50)
+    beyond, within = describe_differences(pairs, 40)
     assert beyond.endswith(": a above b in rouge1; c above a in rouge1.")
     assert within.endswith(": a and b in rouge2, rougeL, rougeLsum; a and c in rouge2, rougeL, rougeLsum.")
-    assert describe_differences(pairs, 49) == [
-        "Only 49 dialogues scored: too few to say of any difference that it is beyond noise; 50 are needed. "
+    assert describe_differences(pairs, 39) == [
+        "Only 39 dialogues scored: too few to say of any difference that it is beyond noise; 40 are needed. "
         "This is a quick look, not a result."
     ]
     same = make_comparison(**dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), (0.1, 0.0)))
-    assert describe_differences([(("a", "b"), same), (("a", "c"), same)], 50) == [
+    assert describe_differences([(("a", "b"), same), (("a", "c"), same)], 40) == [
         "Beyond noise (corrected p below .05, average over references): a above b and c in every metric."
     ]
 
@@ -319,8 +319,8 @@ def test_both_p_values_are_shown(report):
     assert "p-value alone / corrected by Holm for the 12 comparisons" in table.title
     assert table.rows[1][:2] == ["base minus other", "average"] and table.rows[1][2].endswith("] p .012 / .046")
     assert table.rows[0][2].endswith("] p <.001 / .001") and table.styles[0, 2] == "below"
-    assert set(build_differences(results | {"num_dialogues": 49}).styles.values()) == {"noise"}
-    shown = collect_data(results | {"num_dialogues": 49}, [])["comparisons"][0]["scores"]["average"]["rouge1"]
+    assert set(build_differences(results | {"num_dialogues": 39}).styles.values()) == {"noise"}
+    shown = collect_data(results | {"num_dialogues": 39}, [])["comparisons"][0]["scores"]["average"]["rouge1"]
     assert shown["verdict"] == "noise"
 
 
