@@ -1,7 +1,8 @@
 """Fine-tune with transformers' Seq2SeqTrainer, as its users do, and print speed and memory: compare_trainer.py's other
 side.
 
-    python tests/benchmarks/run_trainer.py MODEL TRAIN_FILE {full,lora,lora_bf16_base} SAMPLING UPDATES {bf16,no}
+    python tests/benchmarks/run_trainer.py MODEL TRAIN_FILE {full,lora,lora_bf16_base} SAMPLING UPDATES PRECISION
+        [SIZE TOTAL [compile]]
 """
 
 import json
@@ -43,7 +44,17 @@ class Stopwatch(TrainerCallback):
             self.num_computed += real.numel()
 
 
-def main(model_path: str, train_file: str, mode: str, sampling: str, num_updates: str, precision: str):
+def main(
+    model_path: str,
+    train_file: str,
+    mode: str,
+    sampling: str,
+    num_updates: str,
+    precision: str,
+    size: str = "16",
+    total: str = "128",
+    compiled: str = "",
+):
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     dtype = torch.bfloat16 if mode == "lora_bf16_base" else torch.float32
     model = AutoModelForSeq2SeqLM.from_pretrained(model_path, dtype=dtype)
@@ -56,13 +67,15 @@ def main(model_path: str, train_file: str, mode: str, sampling: str, num_updates
         inputs = tokenizer(prompts, max_length=1024, truncation=True)
         return inputs | {"labels": tokenizer(rows["summary"], max_length=128, truncation=True).input_ids}
 
-    data = datasets.load_dataset("csv", data_files=train_file, split="train")
+    kind = "csv" if train_file.endswith(".csv") else "json"
+    data = datasets.load_dataset(kind, data_files=train_file, split="train")
     data = data.map(tokenize, batched=True, remove_columns=data.column_names)
     stopwatch = Stopwatch()
     model.register_forward_pre_hook(stopwatch.count, with_kwargs=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = Seq2SeqTrainingArguments(
-            folder, per_device_train_batch_size=16, gradient_accumulation_steps=8, max_steps=int(num_updates),
+            folder, per_device_train_batch_size=int(size), gradient_accumulation_steps=int(total) // int(size),
+            max_steps=int(num_updates), torch_compile=compiled == "compile",
             bf16=precision == "bf16", learning_rate=1e-3, weight_decay=0.01, max_grad_norm=1.0,
             train_sampling_strategy=sampling, save_strategy="no", logging_steps=1, report_to="none",
             use_cpu=not torch.cuda.is_available(),
@@ -71,10 +84,12 @@ def main(model_path: str, train_file: str, mode: str, sampling: str, num_updates
         trainer = Seq2SeqTrainer(model, arguments, collator, data, callbacks=[stopwatch])
         trainer.train()
     figures = {
-        "samples_per_second": 128 * (len(stopwatch.ends) - 1) / (stopwatch.ends[-1] - stopwatch.ends[0]),
+        "samples_per_second": int(total) * (len(stopwatch.ends) - 1) / (stopwatch.ends[-1] - stopwatch.ends[0]),
         "padding_efficiency": stopwatch.num_real / stopwatch.num_computed,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
+    if torch.cuda.is_available():
+        figures["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     sys.stdout.write(json.dumps(figures) + "\n")
 
 

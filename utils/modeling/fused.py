@@ -2,18 +2,21 @@
 whose weights, their names and what is saved stay as they are. A family that is not named here runs as it is.
 
     NewGELUActivation       torch's GELU with approximate="tanh": one kernel for eight, which keeps its input alone
+    T5Stack                 under autocast, what passes from layer to layer is bf16, as when T5 itself was trained
     T5LayerNorm             torch's RMSNorm: as there, the mean of the squares is taken in fp32
     T5DenseGatedActDense    under autocast, activations stay bf16 on their way to `wo`, which would be given them in
                             fp32 and cast them back
     T5Attention             positions and mask are merged once for all layers of a stack and not in each of them;
                             cross-attention, which has no positions, takes the mask as it is
+    LoraLayer               its input is not cast to fp32, which autocast would undo
 """
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
-from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm, T5Stack
 
 ALIGNMENT = 8  # elements
 
@@ -27,13 +30,23 @@ def fuse(model: PreTrainedModel):
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
                 setattr(module, name, GELUTanh())
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
+class FusedT5Stack(T5Stack):
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs) -> object:
+        device = self.embed_tokens.weight.device.type
+        if input_ids is not None and torch.is_autocast_enabled(device):
+            kwargs["inputs_embeds"] = self.embed_tokens(input_ids).to(torch.get_autocast_dtype(device))
+            input_ids = None
+        return super().forward(input_ids, **kwargs)
 
 
 class FusedT5LayerNorm(T5LayerNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype != self.weight.dtype:
-            return super().forward(hidden_states)
-        return functional.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
+        weight = self.weight.to(hidden_states.dtype)
+        return functional.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.variance_epsilon)
 
 
 class FusedT5DenseGatedActDense(T5DenseGatedActDense):
@@ -87,6 +100,7 @@ class FusedT5Attention(T5Attention):
 
 
 FUSED = {
+    T5Stack: FusedT5Stack,
     T5LayerNorm: FusedT5LayerNorm,
     T5DenseGatedActDense: FusedT5DenseGatedActDense,
     T5Attention: FusedT5Attention,

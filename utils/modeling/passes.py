@@ -28,11 +28,18 @@ def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> 
             yield
 
 
+def cast_weights_once(accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
+    """Around the micro-batches of an update: autocast keeps what it has cast until its outermost block ends. Sharded
+    weights are whole for a moment only, and their copies would not be."""
+    return contextlib.nullcontext() if is_sharded(accelerator) else accelerator.autocast()
+
+
 def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tensor):
-    if is_deepspeed(accelerator):
-        model.backward(loss)  # accelerator.backward would also step the optimizer, before the gradient is checked
-    else:
-        accelerator.backward(loss)
+    with torch.autocast(accelerator.device.type, enabled=False):  # it is for forward passes
+        if is_deepspeed(accelerator):
+            model.backward(loss)  # accelerator.backward would also step the optimizer, before the gradient is checked
+        else:
+            accelerator.backward(loss)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
-from utils.modeling.passes import accumulate, backward, update_weights
+from utils.modeling.passes import accumulate, backward, cast_weights_once, update_weights
 
 
 def train_step(
@@ -64,15 +64,16 @@ def compute_gradient(
         The micro-batches' sums of losses, still on the device.
     """
     loss_sums = []
-    for turn, batch in enumerate(micro_batches, start=1):
-        with accumulate(accelerator, model, last=turn == len(micro_batches)):
-            # The logits get no name: they would live on while the backward pass needs the memory.
-            losses = compute_training_losses(
-                compute_target_logits(accelerator, model, batch), batch["targets"], config
-            )
-            # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
-            backward(accelerator, model, losses[0] * (accelerator.num_processes / num_target_tokens))
-        loss_sums.append(losses.detach())
+    with cast_weights_once(accelerator):
+        for turn, batch in enumerate(micro_batches, start=1):
+            with accumulate(accelerator, model, last=turn == len(micro_batches)):
+                # The logits get no name: they would live on while the backward pass needs the memory.
+                losses = compute_training_losses(
+                    compute_target_logits(accelerator, model, batch), batch["targets"], config
+                )
+                # Gradients are averaged over the processes; the sum is what makes them those of one large batch.
+                backward(accelerator, model, losses[0] * (accelerator.num_processes / num_target_tokens))
+            loss_sums.append(losses.detach())
     return loss_sums
 
 
