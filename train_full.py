@@ -20,8 +20,10 @@ from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model, set_generation_config
+from utils.modeling.families import check_loss
 from utils.modeling.fused import fuse
 from utils.modeling.loading import check_sizes, load_model, load_tokenizer
+from utils.modeling.passes import allow_unused_weights
 from utils.modeling.strategies import start_accelerator
 from utils.training.batch_size import choose_batch_size
 from utils.training.checkpointing import Checkpointer
@@ -43,6 +45,7 @@ def main(config: TrainingConfig):
         config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight
     )
     check_sizes(model, tokenizer, config)
+    check_loss(model, f"--model_name_or_path {config.model_name_or_path}")
     fuse(model)
     set_generation_config(model, config)
     if config.gradient_checkpointing:
@@ -56,6 +59,7 @@ def main(config: TrainingConfig):
     checkpointer = Checkpointer(accelerator, config, model, run)
     optimizer = build_optimizer(model, config)
     lr_scheduler = build_lr_scheduler(optimizer, config, run["num_train_steps"])
+    allow_unused_weights(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     config = choose_batch_size(accelerator, model, train_data, config, checkpointer.batch_size)

@@ -16,7 +16,8 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 from utils.config import LoraTrainingConfig, UserError
 from utils.files import raise_disk_errors
 from utils.modeling.export import compare_with_folder, export_model, save_tokenizer
-from utils.modeling.loading import check_head, count_parameters, load_model, load_tokenizer
+from utils.modeling.families import check_head
+from utils.modeling.loading import count_parameters, load_model, load_tokenizer
 from utils.modeling.lora import add_lora
 
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 import train_lora
 import utils.modeling.lora
 from utils.config import LoraTrainingConfig, UserError
-from utils.modeling.loading import count_parameters, count_saved_by_4bit, keep_untied_head, load_model
+from utils.modeling.families import record_head
+from utils.modeling.loading import count_parameters, count_saved_by_4bit, load_model
 from utils.modeling.lora import add_lora, check_4bit, load_frozen_base
 from utils.training.checkpoint_files import fingerprint_model
 from utils.training.memory_estimate import count_bytes
@@ -129,7 +130,7 @@ def test_resumed_is_uninterrupted(finished, flan_t5, data_files, tmp_path, name)
 def test_a_base_that_is_stored_in_16_bits(flan_t5, data_files, tmp_path, dtype, precision):
     """The adapter is exported in fp32, as it was trained; the merged model is the sum of the two in fp32."""
     base = AutoModelForSeq2SeqLM.from_pretrained(flan_t5)
-    keep_untied_head(base.to(dtype)).save_pretrained(tmp_path / "base")
+    record_head(base.to(dtype)).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(flan_t5).save_pretrained(tmp_path / "base")
     folders = {"merge_into": str(tmp_path / "merged"), "mixed_precision": precision}
     train(tmp_path / "base", data_files, tmp_path / "out", **folders)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from utils.config import TrainingConfig
 from utils.data.batching import collate, plan_steps, select_examples
 from utils.data.micro_batches import launch_cost_on
+from utils.modeling.families import shift_targets
 
 NUM_BATCHES_AHEAD = 32
 
@@ -93,5 +94,9 @@ def move_batch(
 ) -> dict[str, torch.Tensor]:
     """A collated batch as the model takes it, on the device."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+    labels = batch.pop("labels")
+    if len(batch["targets"]):
+        batch["decoder_input_ids"] = shift_targets(model, labels)
+    else:  # an empty micro-batch, of whose labels some families cannot make anything
+        batch["decoder_input_ids"] = torch.full_like(labels, model.config.decoder_start_token_id)
     return batch

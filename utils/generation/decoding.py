@@ -35,9 +35,9 @@ def decode_batch(
     encoded = encode(model, prompts)
     if config.num_beams > 1:
         decoded = model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask,
-            max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=config.num_beams,
-            length_penalty=config.length_penalty, use_cache=True, custom_generate=search_beams,
+            encoder_outputs=encoded, attention_mask=mask, max_new_tokens=config.max_new_tokens, do_sample=False,
+            num_beams=config.num_beams, length_penalty=config.length_penalty, use_cache=True,
+            custom_generate=search_beams,
             **choose_limits(model, config),
         )  # fmt: skip
     else:
@@ -70,8 +70,9 @@ def cached_bytes_per_token(model: PreTrainedModel) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def encode(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
-    """(prompts, longest prompt, d_model), zero where a prompt has ended; encoded in pieces of ENCODER_TOKENS."""
+def encode(model: PreTrainedModel, prompts: list[list[int]]) -> BaseModelOutput:
+    """Its last_hidden_state is (prompts, longest prompt, d_model), zero where a prompt has ended; encoded in pieces of
+    ENCODER_TOKENS."""
     num_tokens = ENCODER_TOKENS.get(model.device.type, ENCODER_TOKENS["cuda"])
     pieces, start = [], 0
     while start < len(prompts):
@@ -83,16 +84,17 @@ def encode(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
         pieces.append(hidden.last_hidden_state)
         start += len(piece)
     longest = max(map(len, prompts))
-    return torch.cat([pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces])
+    whole = torch.cat([pad(piece, (0, 0, 0, longest - piece.shape[1])) for piece in pieces])
+    return type(hidden)(last_hidden_state=whole)  # some decoders look for what their own encoder's class has
 
 
 def decode_in_rounds(
-    model: PreTrainedModel, encoded: torch.Tensor, mask: torch.Tensor, config: DecodingConfig
+    model: PreTrainedModel, encoded: BaseModelOutput, mask: torch.Tensor, config: DecodingConfig
 ) -> list[list[int]]:
     """Greedy: generate() until some texts have ended, and again for the others alone, from their cache.
 
     Args:
-        encoded: (n, longest, d_model). mask: (n, longest), 1 where a prompt has a token.
+        encoded: what `encode` returns. mask: (n, longest), 1 where a prompt has a token.
     """
 
     def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -100,12 +102,12 @@ def decode_in_rounds(
 
     max_new_tokens, limits = config.max_new_tokens, choose_limits(model, config)
     min_new_tokens = limits.pop("min_new_tokens", 0)
-    ids = torch.full((len(encoded), 1), model.generation_config.decoder_start_token_id, device=model.device)
-    cache, running, decoded = None, list(range(len(encoded))), [None] * len(encoded)
+    ids = torch.full((len(mask), 1), model.generation_config.decoder_start_token_id, device=model.device)
+    cache, running, decoded = None, list(range(len(mask))), [None] * len(mask)
     while running:
         output = model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask,
-            decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
+            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids,
+             decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
             max_new_tokens=max_new_tokens + 1 - ids.shape[1], stopping_criteria=[enough_ended],
             min_new_tokens=max(0, min_new_tokens + 1 - ids.shape[1]),  # counted from where this round begins
             do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True, **limits,
@@ -136,7 +138,7 @@ def search_beams(
 
     Args: what generate() gives to its `custom_generate`; a row is one beam of one prompt.
     """
-    encoded, mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
+    encoded, mask = model_kwargs["encoder_outputs"], model_kwargs["attention_mask"]
     cache = model_kwargs["past_key_values"]
     num_beams, max_length = generation_config.num_beams, generation_config.max_length
     penalty, early_stopping = generation_config.length_penalty, generation_config.early_stopping
@@ -155,7 +157,7 @@ def search_beams(
 
     for length in range(1, max_length):
         output = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, past_key_values=cache,
+            encoder_outputs=encoded, attention_mask=mask, past_key_values=cache,
             decoder_input_ids=ids[:, :, length - 1].reshape(-1, 1), use_cache=True,
         )  # fmt: skip
         log_probs = output.logits[:, -1].to(device, torch.float32).log_softmax(dim=-1)
@@ -201,14 +203,15 @@ def pick(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def keep_rows(
-    rows: torch.Tensor, encoded: torch.Tensor, mask: torch.Tensor, cache: EncoderDecoderCache
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rows: torch.Tensor, encoded: BaseModelOutput, mask: torch.Tensor, cache: EncoderDecoderCache
+) -> tuple[BaseModelOutput, torch.Tensor]:
     """`encoded` and `mask` of these rows of the batch, as wide as their longest prompt; the cache is changed."""
     longest = int(mask[rows].sum(dim=1).max())
     cache.batch_select_indices(rows)
     for layer in cache.cross_attention_cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
-    return encoded[rows, :longest], mask[rows, :longest]
+    hidden = encoded.last_hidden_state[rows, :longest]
+    return type(encoded)(last_hidden_state=hidden), mask[rows, :longest]
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -19,6 +19,7 @@ from utils.data.unknown import describe_unknown
 from utils.files import hash_value
 from utils.generation.decoding import count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
+from utils.modeling.families import log_attention
 from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
 from utils.prompting import DEFAULT_PROMPT, find_prompt
 
@@ -127,6 +128,7 @@ def generate_summaries(
         logger.info(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
+        log_attention(model, config.attn_implementation)
         if prompt != DEFAULT_PROMPT:
             logger.info("%s: the prompt is the model's own, %r and %r around the dialogue", name, *prompt)
     settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}

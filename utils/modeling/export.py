@@ -19,7 +19,7 @@ from utils.config import TrainingConfig, UserError
 from utils.files import flush_to_disk, make_folder, move_files, raise_disk_errors, write_json
 from utils.launch.output_dir import UNCHECKED, find_checkpoints
 from utils.launch.times import timed
-from utils.modeling.loading import keep_untied_head
+from utils.modeling.families import record_head
 from utils.modeling.sharding import gather_tensor, without_zero3
 from utils.prompting import DEFAULT_PROMPT, Prompt, find_prompt
 
@@ -71,7 +71,7 @@ def write_model(
     """Atomically: the files are first written beside, and what stock transformers reads from them is compared with
     `state_dict`; only when they are in place and on the disk, what is `obsolete` goes. For one process alone."""
     if not isinstance(model, PeftModel):
-        keep_untied_head(model)
+        record_head(model)
     unchecked = folder / UNCHECKED
     if unchecked.is_symlink():  # what it leads to is not ours
         unchecked.unlink()
@@ -166,9 +166,17 @@ def compare_with_folder(state_dict: dict[str, torch.Tensor], folder: Path):
         stored = {id(loaded.get(shorten(name), name)): (file, name) for file in files for name in file.keys()}
         if len(stored) != sum(len(file.keys()) for file in files):
             differing.append("one of two tensors that were not tied")
+        if all(shorten(name) in loaded for _, name in stored.values()):
+
+            def read(name: str) -> torch.Tensor | None:
+                file, stored_name = stored.get(id(loaded.get(name)), (None, None))
+                return file and file.get_tensor(stored_name)
+
+        else:  # T5Gemma 2's are stored under other names: which is which shows only once they are loaded
+            whole = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False)
+            read = {shorten(name): tensor for name, tensor in whole.state_dict().items()}.get
         for name, tensor in state_dict.items():
-            file, stored_name = stored.get(id(loaded.get(shorten(name))), (None, None))
-            value = file and file.get_tensor(stored_name)
+            value = read(shorten(name))
             if value is None or value.dtype != tensor.dtype or not have_same_bits(value, tensor):
                 differing.append(name)
     if differing:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 import signal
 from collections.abc import Iterable
@@ -27,6 +26,14 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from utils.config import EvaluationConfig, TrainingConfig, UserError
 from utils.launch.hub import explain_hub_errors
 from utils.launch.times import timed
+from utils.modeling.families import (
+    choose_attention,
+    count_positions,
+    record_head,
+    settle_tokens,
+    share_embedding_module,
+    use_whole_attention,
+)
 from utils.modeling.shapes import load_shapes
 from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
@@ -84,9 +91,11 @@ def load_model(
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
         load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
+        use_whole_attention(config)
+        attention = choose_attention(attn_implementation)
         with zero3_loads_in(dtype):
             model, report = load(
-                name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation,
+                name_or_path, config=config, dtype=dtype, attn_implementation=attention,
                 output_loading_info=True, quantization_config=quantization_config, trust_remote_code=False,
             )  # fmt: skip
         if report["missing_keys"]:  # transformers would make them up
@@ -96,8 +105,9 @@ def load_model(
             logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
         if is_deepspeed_zero3_enabled():
             untie_head(model, name_or_path, setting)
+        settle_tokens(model, f"--{setting} {name_or_path}")
     share_embedding_module(model)
-    return keep_untied_head(model)
+    return record_head(model)
 
 
 def check_patterns(adapter_config: PeftConfig, base: PreTrainedModel, where: str):
@@ -172,41 +182,11 @@ def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     num_tokens, num_embeddings = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
     if num_tokens > num_embeddings:
         raise UserError(f"the tokenizer has {num_tokens} tokens and the model only {num_embeddings}: not a pair")
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    for name in ("max_source_length", "max_target_length", "max_new_tokens"):
+    sides = {"max_source_length": "encoder", "max_target_length": "decoder", "max_new_tokens": "decoder"}
+    for name, side in sides.items():
+        positions = count_positions(model.config, side)
         if getattr(config, name, 0) > positions:
             raise UserError(f"--{name} {getattr(config, name)}: the model takes {positions} tokens at most")
-
-
-def keep_untied_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, its config saying whether the head is the embedding.
-
-    transformers 5 sets `tie_word_embeddings` in every T5 config, whatever the checkpoint holds. Flan-T5's head is its
-    own: a later `tie_weights()` would destroy it, and a config that says otherwise misleads other versions.
-    """
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = False
-    return model
-
-
-def check_head(model: PreTrainedModel | PeftModel):
-    """RuntimeError if a wrapper or a checkpoint has tied a head that has its own weights to the embedding."""
-    head = model.get_output_embeddings()
-    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
-    if is_tied and not model.config.tie_word_embeddings:
-        raise RuntimeError("lm_head has been tied to the embedding, and its own weights are lost")
-
-
-def share_embedding_module(model: PreTrainedModel):
-    """T5's and BART's encoder and decoder have modules of their own around one embedding matrix, of which FSDP2 would
-    shard the first and miss the others."""
-    embedding = model.get_input_embeddings()
-    for module in model.modules():
-        for name, child in module.named_children():
-            # BART's kind of module multiplies; one of another kind does something else with the matrix.
-            if type(child) is type(embedding) and child.weight is embedding.weight:
-                setattr(module, name, embedding)
 
 
 def logical_shape(parameter: torch.Tensor) -> torch.Size:

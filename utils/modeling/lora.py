@@ -18,6 +18,7 @@ from utils.launch.hub import explain_hub_errors
 from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
 from utils.launch.times import timed
 from utils.modeling.export import set_generation_config, write_model
+from utils.modeling.families import shift_targets
 from utils.modeling.loading import check_adapter, check_folder, check_patterns, load_model
 from utils.modeling.sharding import without_zero3
 from utils.modeling.strategies import is_sharded
@@ -152,8 +153,10 @@ def merge_adapter(
 @torch.no_grad()
 def compute_logits(model: torch.nn.Module, data: datasets.Dataset) -> torch.Tensor:
     """(target tokens, vocabulary), of the first NUM_COMPARED examples."""
-    logits = [
-        model(input_ids=torch.tensor([example["input_ids"]]), labels=torch.tensor([example["labels"]])).logits[0]
-        for example in data.select(range(min(NUM_COMPARED, len(data))))
-    ]
+    logits = []
+    for example in data.select(range(min(NUM_COMPARED, len(data)))):
+        decoder_input_ids = shift_targets(model, torch.tensor([example["labels"]]))
+        logits.append(
+            model(input_ids=torch.tensor([example["input_ids"]]), decoder_input_ids=decoder_input_ids).logits[0]
+        )
     return torch.cat(logits)

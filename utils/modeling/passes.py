@@ -5,13 +5,38 @@ import math
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from utils.modeling.strategies import is_deepspeed, is_sharded
 
 NORM_PIECE = 2**14  # elements
+
+
+def allow_unused_weights(accelerator: Accelerator, model: torch.nn.Module):
+    """Tell DDP, which waits for every trained weight's gradient, if some may have none: those of experts that no token
+    goes to, or of what reads images. To be called before `prepare`."""
+    if not accelerator.distributed_type.value.startswith("MULTI_"):
+        return
+    if getattr(model.config, "num_experts", 0) > 1 or find_unused(model):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+
+
+def find_unused(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The trained weights that the logits do not depend on."""
+    token = torch.full((1, 1), model.config.decoder_start_token_id, device=model.device)
+    was_training = model.training
+    logits = model.eval()(input_ids=token, decoder_input_ids=token, use_cache=False).logits
+    model.train(was_training)
+    used, seen, ahead = set(), set(), [logits.grad_fn]
+    while ahead:  # through the graph, to the weights that it starts from
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            used.add(getattr(node, "variable", None))
+            ahead += [before for before, _ in node.next_functions]
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in used]
 
 
 @contextlib.contextmanager

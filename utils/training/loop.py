@@ -18,7 +18,7 @@ from utils.data.prefetch import load_steps
 from utils.launch.stopping import StopRequest
 from utils.launch.times import timed
 from utils.modeling.export import export_model
-from utils.modeling.loading import check_head
+from utils.modeling.families import check_head
 from utils.modeling.sharding import find_not_finite
 from utils.training.checkpointing import Checkpointer
 from utils.training.optimization import num_train_steps

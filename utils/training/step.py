@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
+from utils.modeling.families import takes_whole_mask
 from utils.modeling.passes import accumulate, backward, cast_weights_once, update_weights
 
 
@@ -98,21 +99,25 @@ def compute_target_logits(
     """(target tokens, vocabulary), fp32: the logits of the micro-batch's target tokens, without those of padding."""
     positions = batch["target_positions"]
 
-    def select_targets(head: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (arguments[0].flatten(0, 1).index_select(0, positions),)
+    def select_targets(head: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        if arguments[0].shape[:-1] == batch["decoder_input_ids"].shape:
+            return (arguments[0].flatten(0, 1).index_select(0, positions),)
+        return None  # it is an embedding too, or computes other things as well
 
     # The vocabulary is 40 times as wide as the model: padding must not reach it. A hook, so that the head stays inside
     # the model's forward, where DDP and autocast expect it.
     unwrapped = accelerator.unwrap_model(model)
     hook = unwrapped.get_output_embeddings().register_forward_pre_hook(select_targets)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    if unwrapped.config._attn_implementation == "sdpa":
-        # transformers uses a mask of shape (examples, 1, 1, source) as it is. With a 2-D mask it asks the device,
-        # twice per forward pass, whether anything is padded.
+    if takes_whole_mask(unwrapped):
+        # With a 2-D mask transformers asks the device, twice per forward pass, whether anything is padded.
         inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
     try:
         with accelerator.autocast():  # which Accelerate puts around the forward of all models but FSDP2's
-            return model(**inputs, use_cache=False).logits.float()
+            logits = model(**inputs, use_cache=False).logits
+            if logits.dim() == 3:  # the hook has not chosen
+                logits = logits.flatten(0, 1).index_select(0, positions)
+            return logits.float()
     finally:
         hook.remove()
 

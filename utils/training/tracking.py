@@ -20,6 +20,7 @@ from utils.files import append_line, hash_value, write_file, write_json
 from utils.launch.output_dir import MANIFEST, clear_output_dir, describe_models, is_in
 from utils.launch.script import describe_software
 from utils.launch.times import describe_times
+from utils.modeling.families import log_attention
 from utils.modeling.loading import count_flops_per_token, count_parameters
 from utils.modeling.model_card import write_model_card
 from utils.modeling.strategies import name_strategy
@@ -114,6 +115,7 @@ def describe_run(
     config: TrainingConfig, model: torch.nn.Module, train_rows: list[dict], validation_rows: list[dict]
 ) -> dict[str, Any]:
     """The counts and fingerprints that a run is known by."""
+    log_attention(model, config.attn_implementation)
     num_parameters, num_trainable_parameters = count_parameters(model)
     return {
         "num_parameters": num_parameters,
