@@ -17,9 +17,10 @@ from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
-from utils.modeling.export import export_model, set_generation_config
+from utils.modeling.export import export_model
 from utils.modeling.families import check_loss
 from utils.modeling.fused import fuse
+from utils.modeling.generation_config import set_generation_config
 from utils.modeling.loading import check_sizes, load_tokenizer
 from utils.modeling.lora import add_lora, load_frozen_base, merge_adapter, use_settings_of_adapter
 from utils.modeling.passes import allow_unused_weights

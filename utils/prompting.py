@@ -18,8 +18,9 @@ def build_prompt(dialogue: str, prompt: Prompt = DEFAULT_PROMPT) -> str:
 
 
 def find_prompt(generation_config: Any) -> Prompt:
-    """That of a model's generation config; the default if it has none."""
-    parts = [getattr(generation_config, name, None) for name in Prompt._fields]
+    """That of a model's generation config, or of the settings in its file; the default if it has none."""
+    settings = generation_config if isinstance(generation_config, dict) else vars(generation_config)
+    parts = [settings.get(name) for name in Prompt._fields]
     return Prompt(*parts) if all(isinstance(part, str) for part in parts) else DEFAULT_PROMPT
 
 

@@ -1,5 +1,7 @@
 """One batch of prompts to new tokens, with transformers' generate(), without computing texts that have ended."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -52,6 +54,19 @@ def choose_limits(model: PreTrainedModel, config: DecodingConfig) -> dict[str, i
     return {name: value for name, value in values.items() if value}
 
 
+def count_from_here(model: PreTrainedModel, config: DecodingConfig, num_done: int) -> dict[str, Any]:
+    """Settings that generate() counts from where it starts, for a round that goes on with texts of num_done tokens."""
+    own, rules = model.generation_config, {}
+    if min_new_tokens := choose_limits(model, config).get("min_new_tokens"):
+        rules["min_new_tokens"] = max(0, min_new_tokens - num_done)
+    if own.begin_suppress_tokens and num_done > (own.forced_bos_token_id is not None):
+        rules["begin_suppress_tokens"] = None
+    if own.exponential_decay_length_penalty:
+        start, factor = own.exponential_decay_length_penalty
+        rules["exponential_decay_length_penalty"] = (start - num_done, factor)
+    return rules
+
+
 def count_cached_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int | None:
     """How many tokens, of prompts and new ones, of all beams, CACHE_SHARE of the GPU's memory holds; None on a CPU, or
     where the user has said how many prompts are to be taken."""
@@ -100,8 +115,7 @@ def decode_in_rounds(
     def enough_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return (has_ended(model, ids).float().mean() >= ENDED_SHARE).expand(len(ids))
 
-    max_new_tokens, limits = config.max_new_tokens, choose_limits(model, config)
-    min_new_tokens = limits.pop("min_new_tokens", 0)
+    max_new_tokens = config.max_new_tokens
     ids = torch.full((len(mask), 1), model.generation_config.decoder_start_token_id, device=model.device)
     cache, running, decoded = None, list(range(len(mask))), [None] * len(mask)
     while running:
@@ -109,8 +123,8 @@ def decode_in_rounds(
             encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids,
              decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
             max_new_tokens=max_new_tokens + 1 - ids.shape[1], stopping_criteria=[enough_ended],
-            min_new_tokens=max(0, min_new_tokens + 1 - ids.shape[1]),  # counted from where this round begins
-            do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True, **limits,
+            do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True,
+            **choose_limits(model, config) | count_from_here(model, config, ids.shape[1] - 1),
         )  # fmt: skip
         ids, cache = output.sequences, output.past_key_values
         ended = has_ended(model, ids) | (ids.shape[1] > max_new_tokens)
@@ -163,7 +177,7 @@ def search_beams(
         log_probs = output.logits[:, -1].to(device, torch.float32).log_softmax(dim=-1)
         log_probs = logits_processor(ids[:, :, :length].flatten(0, 1), log_probs)
         sums = (log_probs.view(*totals.shape, -1) + totals[:, :, None]).flatten(1)
-        candidate_totals, indices = sums.topk(num_candidates)
+        candidate_totals, indices = sums.topk(min(num_candidates, sums.shape[1]))
         beams, tokens = indices // log_probs.shape[-1], indices % log_probs.shape[-1]
         candidates = pick(ids, beams)
         candidates[:, :, length] = tokens
@@ -216,7 +230,7 @@ def keep_rows(
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
     end = model.generation_config.eos_token_id
-    return end if isinstance(end, list) else [end]
+    return [] if end is None else end if isinstance(end, list) else [end]
 
 
 def has_ended(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,8 @@ def generate_summaries(
             "%s: %d prompts, %d truncated at %d tokens", name, len(prompt_ids), num_cut, config.max_source_length
         )
         log_attention(model, config.attn_implementation)
+        if model.unused_settings:
+            logger.info("%s: not used of its own generation settings: %s", name, ", ".join(model.unused_settings))
         if prompt != DEFAULT_PROMPT:
             logger.info("%s: the prompt is the model's own, %r and %r around the dialogue", name, *prompt)
     settings = {setting: getattr(config, setting) for setting in DECODING_SETTINGS}

@@ -13,39 +13,17 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.config import TrainingConfig, UserError
+from utils.config import UserError
 from utils.files import flush_to_disk, make_folder, move_files, raise_disk_errors, write_json
 from utils.launch.output_dir import UNCHECKED, find_checkpoints
 from utils.launch.times import timed
 from utils.modeling.families import record_head
 from utils.modeling.sharding import gather_tensor, without_zero3
-from utils.prompting import DEFAULT_PROMPT, Prompt, find_prompt
 
 logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "adapter_config.json")
-# Of a generation config: how long texts may be, sampling and beams; and what would have it forget the prompt.
-OF_OTHER_DECODING = {
-    "_from_model_config",
-    "max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams",
-    "num_return_sequences", "early_stopping", "length_penalty", *Prompt._fields,
-}  # fmt: skip
-
-
-def set_generation_config(model: PreTrainedModel | PeftModel, config: TrainingConfig):
-    """Have stock generate() write what evaluate_rouge.py does: greedily, texts as long as a target may be. The prompt
-    stands beside."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    before = find_prompt(model.generation_config)
-    if before not in (config.prompt, DEFAULT_PROMPT):
-        logger.info("the model was trained with another prompt, %r and %r around the dialogue", *before)
-    chosen = {
-        name: value for name, value in model.generation_config.to_diff_dict().items() if name not in OF_OTHER_DECODING
-    }
-    model.generation_config = GenerationConfig(
-        **chosen, max_new_tokens=config.max_target_length, **config.prompt._asdict()
-    )
 
 
 @timed("export")

@@ -38,28 +38,6 @@ def takes_whole_mask(model: PreTrainedModel) -> bool:
     return all(part._attn_implementation == "sdpa" and getattr(part, "layer_types", None) is None for part in parts)
 
 
-def settle_tokens(model: PreTrainedModel, where: str):
-    """Fill in the token that starts a text, where one of the two configs lacks it. UserError where none has it.
-
-    Args:
-        where: what to say before the mistake.
-    """
-    config, generation_config = model.config, model.generation_config
-    if config.pad_token_id is None:
-        raise UserError(f"{where}: config.json has no pad_token_id")
-    # As generate() does, which does not look into config.json.
-    for start in (generation_config.decoder_start_token_id, generation_config.bos_token_id):
-        if start is not None:
-            break
-    else:
-        start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        raise UserError(f"{where}: config.json has no decoder_start_token_id, with which all texts would start")
-    generation_config.decoder_start_token_id = start
-    if getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = start
-
-
 def check_loss(model: PreTrainedModel, where: str):
     """UserError if the model's own loss is more than the cross-entropy of the target tokens, which is what is trained
     on.

@@ -30,10 +30,10 @@ from utils.modeling.families import (
     choose_attention,
     count_positions,
     record_head,
-    settle_tokens,
     share_embedding_module,
     use_whole_attention,
 )
+from utils.modeling.generation_config import read_settings, set_own_rules
 from utils.modeling.shapes import load_shapes
 from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
@@ -70,6 +70,7 @@ def load_model(
     check_folder(name_or_path, setting)
     if Path(name_or_path).is_dir():
         name_or_path = str(Path(name_or_path).resolve())  # an adapter remembers it, wherever it is used from
+    where = f"--{setting} {name_or_path}"
     with explain_hub_errors(setting, name_or_path, "model"):
         if (Path(name_or_path) / "adapter_config.json").is_file():
             adapter_config = PeftConfig.from_pretrained(name_or_path)
@@ -85,18 +86,21 @@ def load_model(
             check_adapter(adapted, Path(name_or_path) / "adapter_model.safetensors", setting)
             merged = adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
             if (Path(name_or_path) / GENERATION_CONFIG_NAME).is_file():
-                merged.generation_config = GenerationConfig.from_pretrained(name_or_path)
+                set_own_rules(merged, read_settings(name_or_path, where), where)
             return merged
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
         load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
         use_whole_attention(config)
+        settings = read_settings(name_or_path, where)
         attention = choose_attention(attn_implementation)
         with zero3_loads_in(dtype):
             model, report = load(
                 name_or_path, config=config, dtype=dtype, attn_implementation=attention,
                 output_loading_info=True, quantization_config=quantization_config, trust_remote_code=False,
+                # An empty one: the library is not to read what nobody has checked.
+                generation_config=None if settings is None else GenerationConfig(),
             )  # fmt: skip
         if report["missing_keys"]:  # transformers would make them up
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -105,7 +109,7 @@ def load_model(
             logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
         if is_deepspeed_zero3_enabled():
             untie_head(model, name_or_path, setting)
-        settle_tokens(model, f"--{setting} {name_or_path}")
+        set_own_rules(model, settings, where)
     share_embedding_module(model)
     return record_head(model)
 

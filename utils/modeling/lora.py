@@ -9,7 +9,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from utils.config import LoraTrainingConfig, UserError
@@ -17,8 +17,9 @@ from utils.files import make_folder, write_json
 from utils.launch.hub import explain_hub_errors
 from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
 from utils.launch.times import timed
-from utils.modeling.export import set_generation_config, write_model
+from utils.modeling.export import write_model
 from utils.modeling.families import shift_targets
+from utils.modeling.generation_config import read_settings, set_generation_config
 from utils.modeling.loading import check_adapter, check_folder, check_patterns, load_model
 from utils.modeling.sharding import without_zero3
 from utils.modeling.strategies import is_sharded
@@ -97,7 +98,7 @@ def use_settings_of_adapter(config: LoraTrainingConfig) -> LoraTrainingConfig:
     with explain_hub_errors("adapter_name_or_path", path, "model"):
         adapter = PeftConfig.from_pretrained(path)
         if (Path(path) / GENERATION_CONFIG_NAME).is_file():
-            prompt = find_prompt(GenerationConfig.from_pretrained(path))
+            prompt = find_prompt(read_settings(path, f"--adapter_name_or_path {path}"))
     if not isinstance(adapter, LoraConfig):
         raise UserError(f"--adapter_name_or_path {path}: {adapter.peft_type.value} is not LoRA")
     targets = adapter.target_modules
