@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_rows
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -13,8 +13,12 @@ from transformers import (
     PretrainedConfig,
 )
 
+from utils.config import EvaluationConfig
+from utils.generation.decoding import decode_batch
+from utils.modeling.loading import load_model, load_tokenizer
+from utils.prompting import build_prompt
+
 NUM_TOKENS = 331  # of the demo's tokenizer, whose padding is 0 and whose end is 1
-ENDS = [1, *range(10, NUM_TOKENS, 10)]  # so many that random texts end, each at its own length
 SIDES = {f"{side}_{name}": size for side in ("encoder", "decoder")
          for name, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()}  # fmt: skip
 BART = SIDES | {"d_model": 32, "max_position_embeddings": 256, "decoder_start_token_id": 1}
@@ -77,16 +81,48 @@ def build_config(family: str) -> PretrainedConfig:
     return AutoConfig.for_model(family, **(tokens | SHAPES[family]))
 
 
-def write_family(folder: Path, family: str, std: float = 0.15) -> Path:
-    """A folder with a model whose weights are random. With a large `std` texts differ from source to source, and with
-    a small one gradients are exact."""
+def write_family(folder: Path, family: str, steep: bool = False, **settings) -> Path:
+    """A folder with a model whose weights are random. If they are steep, texts differ from source to source; else
+    gradients are exact."""
     torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(build_config(family))
+    config = build_config(family)
+    config.update(settings)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    std = 0.8 if steep and "gemma" not in family else 0.15
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 parameter.normal_(std=std)
-    model.generation_config.eos_token_id = ENDS
+    if steep:  # texts end each at its own length, at tokens that they come to
+        tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
+        prompts = [tokenizer(build_prompt(row["dialogue"]), return_tensors="pt").input_ids for row in make_rows(12, 3)]
+        model.generation_config.eos_token_id = None
+        texts = [model.eval().generate(ids, max_new_tokens=12, do_sample=False)[0].tolist() for ids in prompts]
+        first = {ids[1] for ids in texts[::2]}
+        ends = {ids[4] for ids in texts[::3]} | {ids[9] for ids in texts[1::3]}
+        model.generation_config.eos_token_id = sorted({1, *(ends - first or ends)})
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model").save_pretrained(folder)
     return folder
+
+
+def find_targets(model: torch.nn.Module) -> list[str]:
+    """What the family calls the projections to queries and values."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    pairs = (["q", "v"], ["q_proj", "v_proj"], ["query", "value"], ["query_proj", "value_proj"])
+    return next(pair for pair in pairs if names.issuperset(pair))
+
+
+def decode_here_and_there(folder: Path, **settings) -> tuple[list[list[int]], list[list[int]]]:
+    """Twelve dialogues' tokens: of our decoding in one batch, and of stock generate() one by one."""
+    config = EvaluationConfig(max_new_tokens=20, **settings)
+    rows, tokenizer = make_rows(12, seed=3), load_tokenizer(str(folder))
+    prompts = sorted(tokenizer([build_prompt(row["dialogue"]) for row in rows]).input_ids, key=len, reverse=True)
+    here = [ids for ids, _ in decode_batch(load_model(str(folder), "sdpa", torch.float32).eval(), prompts, config)]
+    stock = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    settings = {"num_beams": 1, "do_sample": False, "max_new_tokens": 20, "length_penalty": 1.0} | settings
+    there = [
+        stock.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **settings)
+        for ids in prompts
+    ]
+    return here, [ids[0, 1:].tolist() for ids in there]

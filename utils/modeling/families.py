@@ -45,11 +45,10 @@ def check_loss(model: PreTrainedModel, where: str):
     Args:
         where: what to say before the mistake.
     """
-    more = {"disable_ngram_loss": (False, "that of later tokens"), "output_router_logits": (True, "its routers'")}
-    for name, (value, what) in more.items():
-        if getattr(model.config, name, None) is value:
-            advice = f"to train without, set {name} to {str(not value).lower()} in its config.json"
-            raise UserError(f"{where}: its own loss adds {what}, which these scripts do not compute; {advice}")
+    if getattr(model.config, "ngram", None):  # ProphetNet's
+        raise UserError(f"{where}: its loss predicts several tokens at once and changes with the padding of targets")
+    if getattr(model.config, "output_router_logits", False):
+        raise UserError(f"{where}: output_router_logits in its config.json adds losses that are not computed here")
 
 
 def shift_targets(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
