@@ -705,11 +705,13 @@ def test_data_set_of_the_hub_while_offline(refuse, script, words):
     )
 
 
-@pytest.mark.parametrize("modules", ["nope", "q vv", "SelfAttention", "layer"])
+@pytest.mark.parametrize("modules", ["nope", "q vv", "SelfAttention", "layer", "shared"])
 def test_lora_target_modules(refuse, data_files, flan_t5, modules):
     words = [*name_data("train_lora", data_files["train"]), *name_model("train_lora", flan_t5)]
     message = refuse("train_lora", *words, "--lora_target_modules", *modules.split())
-    assert message.startswith(f"--lora_target_modules {modules}: ")
+    names = "k, lm_head, o, q, v, wi_0, wi_1, wo"
+    target = modules.split()[-1]
+    assert message == f"--lora_target_modules {modules}: t5 has no linear layers named {target!r}, but {names}"
 
 
 @every_script

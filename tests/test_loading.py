@@ -1,5 +1,6 @@
 """The head that is Flan-T5's own, the numbers of parameters, and what an export must be to be called saved."""
 
+import io
 import json
 import math
 import shutil
@@ -8,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import write_flan_t5
+from conftest import make_rows, write_flan_t5
 from helpers import build_t5_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 
 from utils.config import LoraTrainingConfig, UserError
 from utils.files import raise_disk_errors
@@ -167,3 +168,18 @@ def test_no_room_for_a_tokenizer(flan_t5, small_disk):
         load_tokenizer(str(flan_t5)).save_pretrained(folder)
     with pytest.raises(KeyError), raise_disk_errors(folder):  # other errors stay what they are
         raise KeyError("os error")
+
+
+def test_a_tokenizer_that_is_only_a_sentencepiece_model(tmp_path):
+    """As mt5-small's and t5-v1_1's."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    written, texts = io.BytesIO(), [row["dialogue"] for row in make_rows(40)]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=written, vocab_size=50, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(written.getvalue())
+    T5Config().save_pretrained(tmp_path)
+    ids = load_tokenizer(str(tmp_path))(texts[0]).input_ids
+    assert ids == [*SentencePieceProcessor(model_file=str(tmp_path / "spiece.model")).encode(texts[0]), 1]

@@ -69,13 +69,11 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
         )
     if config.adapter_name_or_path:
         return load_trainable_adapter(model, config)
-    names = [name for name, _ in model.named_modules()]
     targets = config.lora_target_modules
     if targets == ["all-linear"]:
         targets = "all-linear"  # PEFT's word
-    for target in config.lora_target_modules if isinstance(targets, list) else ():
-        if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT asks only that one of them exists
-            raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: no module {target!r}")
+    else:
+        check_targets(model, targets)
     lora_config = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM, r=config.lora_r, lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout, target_modules=targets,
@@ -86,6 +84,20 @@ def add_lora(model: PreTrainedModel, config: LoraTrainingConfig) -> PeftModel:
         return get_peft_model(model, lora_config)  # casts the adapter to fp32, also over a bf16 base
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {error}") from error
+
+
+def check_targets(model: PreTrainedModel, targets: list[str]):
+    """UserError if one of them is not the name of linear layers. PEFT asks only that one of them exists."""
+    modules = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    for target in targets:
+        found = {name for name in modules if f".{name}".endswith(f".{target}")}
+        if not found or not found <= linear:
+            names = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"--lora_target_modules {' '.join(targets)}: {model.config.model_type} has no linear layers named "
+                f"{target!r}, but {', '.join(names)}"
+            )
 
 
 def use_settings_of_adapter(config: LoraTrainingConfig) -> LoraTrainingConfig:
