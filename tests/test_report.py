@@ -13,7 +13,7 @@ from utils.config import EvaluationConfig, UserError
 from utils.scoring.html_report import build_page, collect_data, escape_json
 from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.results import read_training
-from utils.scoring.tables import Table, build_differences, describe_differences
+from utils.scoring.tables import Table, build_differences, build_unsupported, describe_differences
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{data}} &lt;"
@@ -188,7 +188,16 @@ def test_differing_words_are_marked(report, open_page):
     # The tuned model's text is the reference without its last word, the base model's begins with a speaker.
     assert detail.locator(".text").nth(1).locator("mark").count() == 0
     assert detail.locator(".text").first.locator("mark").first.inner_text() == "#Person1#:"
+    assert " · not in the dialogue: " not in detail.inner_text()
     page.get_by_role("button", name="d5_1").click()
+    line = next(
+        row for row in read_jsonl(report / "out" / "predictions.jsonl") if len(row["unsupported"]["names"]) == 1
+    )
+    page.fill("#search", line["id"])
+    page.get_by_role("button", name=line["id"]).click()
+    label = page.locator("tr.detail dt").filter(has_text=line["model"])
+    assert label.inner_text().endswith(f" · not in the dialogue: {line['unsupported']['names'][0]}")
+    page.get_by_role("button", name=line["id"]).click()
     assert page.locator("tr.detail").count() == 0
 
 
@@ -212,6 +221,32 @@ def test_500_dialogues(report, open_page):
     assert (report / "out" / "report.html").stat().st_size < 4e6
 
 
+def test_what_the_dialogue_does_not_hold(report):
+    """In each line of predictions.jsonl, as shares in results.json, in a table and in the page's data."""
+    lines = read_jsonl(report / "out" / "predictions.jsonl")
+    results = json.loads((report / "out" / "results.json").read_text(encoding="utf-8"))
+    in_text, in_dialogue = (  # the only names in these rows
+        [{"Monday", "Friday"} & set(re.findall(r"\w+", line[key])) for line in lines]
+        for key in ("prediction", "dialogue")
+    )
+    missing = [texts - dialogue for texts, dialogue in zip(in_text, in_dialogue, strict=True)]
+    assert [set(line["unsupported"]["names"]) - {"Person1"} for line in lines] == missing
+    for name, model in results["models"].items():
+        share = sum(bool(words) for words, line in zip(missing, lines, strict=True) if line["model"] == name) / 500
+        assert model["unsupported"] == {"numbers": 0, "names": share, "other_script": 0}
+    theirs = results["references"]["unsupported"]
+    assert theirs["numbers"] == 1, "each reference ends in a number that its dialogue has not"
+    table = build_unsupported(results)
+    shares = [f"{100 * model['unsupported']['names']:.1f} %" for model in results["models"].values()]
+    assert [row[2] for row in table.rows] == [*shares, f"{100 * theirs['names']:.1f} %"]
+    assert table.rows[-1][:2] == ["(references)", "100.0 %"]
+    assert "| not in the dialogue | numbers | names | other script |" in (report / "out" / "report.md").read_text()
+    shown = collect_data(results, lines)["dialogues"]
+    index, words = next((index, words) for index, words in enumerate(missing) if len(words) == 1)
+    dialogue = next(one for one in shown if one["id"] == lines[index]["id"])
+    assert dialogue["unsupported"][MODELS.index(lines[index]["model"])] == words.pop()
+
+
 @pytest.mark.slow
 def test_report_only_writes_the_same_again(report, tmp_path):
     folder = tmp_path / "copy"
@@ -230,6 +265,11 @@ def test_report_only_writes_the_same_again(report, tmp_path):
             read_results(folder)
     results = json.loads((folder / "results.json").read_text())
     shutil.copy(report / "out" / "predictions.jsonl", folder)
+    del results["references"]["unsupported"]
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="results.json is from an earlier version"):
+        read_results(folder)
+    results["references"]["unsupported"] = results["models"]["base"]["unsupported"]
     del results["comparisons"]["base_vs_other"]["max"]["rouge2"]["p_value_holm"]
     (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match="results.json is from an earlier version"):

@@ -58,20 +58,22 @@ def escape_json(value: Any) -> str:
 
 
 def collect_data(results: dict[str, Any], predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page's script reads; `dialogues[i]` has texts, truncated and scores in the order of `models`."""
+    """What the page's script reads; `dialogues[i]` has texts, what marks them and scores in the order of
+    `models`."""
     names = list(results["models"])
     dialogues = {}
     for line in predictions:
         empty = {"id": line["id"], "dialogue": line["dialogue"], "references": line["references"]}
-        one = dialogues.setdefault(line["id"], empty | {"texts": {}, "truncated": {}, "scores": {}})
+        one = dialogues.setdefault(line["id"], empty | {"texts": {}, "truncated": {}, "unsupported": {}, "scores": {}})
         one["words"] = len(split_words(line["dialogue"]))
         one["texts"][line["model"]] = line["prediction"]
         one["truncated"][line["model"]] = line.get("truncated")
+        one["unsupported"][line["model"]] = name_unsupported(line["unsupported"])
         one["scores"][line["model"]] = {
             metric: [round(value, 6) for value in values] for metric, values in line["scores"].items()
         }
     for one in dialogues.values():
-        one |= {key: [one[key][name] for name in names] for key in ("texts", "truncated", "scores")}
+        one |= {key: [one[key][name] for name in names] for key in ("texts", "truncated", "unsupported", "scores")}
     trainings = {name: results["models"][name].get("training") for name in names}
     return {
         "models": names,
@@ -84,6 +86,12 @@ def collect_data(results: dict[str, Any], predictions: list[dict[str, Any]]) -> 
         "curves": [[name, training["curves"]] for name, training in trainings.items() if training],
         "dialogues": list(dialogues.values()),
     }
+
+
+def name_unsupported(found: dict[str, Any]) -> str:
+    """What find_unsupported found, each once."""
+    words = dict.fromkeys([*found["numbers"], *found["names"]])
+    return ", ".join([*words, *["its script"] * found["other_script"]])
 
 
 def add_verdicts(comparison: dict[str, dict[str, dict]], num_dialogues: int) -> dict[str, dict[str, dict]]:

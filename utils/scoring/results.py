@@ -20,6 +20,7 @@ from utils.scoring.diagnostics import describe_notes, describe_texts
 from utils.scoring.predictions import hash_predictions
 from utils.scoring.rouge import compare_models, score_texts
 from utils.scoring.tables import describe_differences, is_current, pair_comparisons
+from utils.scoring.unsupported import find_all_unsupported, find_ordinary, share_unsupported
 
 logger = logging.getLogger(__name__)
 NUM_POINTS = 200  # of a curve in a report; longer ones are thinned
@@ -74,43 +75,43 @@ def write_results(
     """Score `summaries[model][dialogue]` and write both files; results.json begins with `header`."""
     references = [dialogue["references"] for dialogue in dialogues]
     sources = [dialogue["dialogue"] for dialogue in dialogues]
+    texts_of_people = [text for texts in references for text in texts]
+    their_sources = [source for source, texts in zip(sources, references, strict=True) for _ in texts]
     in_order = {name: [by_dialogue[source] for source in sources] for name, by_dialogue in summaries.items()}
+    texts = {name: [summary.text for summary in texts_of_model] for name, texts_of_model in in_order.items()}
     scores = {
         name: score_texts(
-            [summary.text for summary in texts_of_model],
-            references,
-            config.use_stemmer,
-            config.rouge_newline,
-            config.rouge_tokenizer,
-            name,
+            texts[name], references, config.use_stemmer, config.rouge_newline, config.rouge_tokenizer, name
         )
-        for name, texts_of_model in in_order.items()
+        for name in texts
     }
+    ordinary = find_ordinary([*sources, *texts_of_people])
+    unsupported = {name: find_all_unsupported(texts[name], sources, ordinary) for name in texts}
+    theirs = find_all_unsupported(texts_of_people, their_sources, ordinary)
     lines = [
         describe_line(name, dialogue, summary, {metric: scores[name][metric][index] for metric in scores[name]})
+        | {"unsupported": unsupported[name][index]}
         for name, texts_of_model in in_order.items()
         for index, (dialogue, summary) in enumerate(zip(dialogues, texts_of_model, strict=True))
     ]
     models, comparisons = compare_models(scores, config.seed)
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
     for name, texts_of_model in in_order.items():
-        texts, truncated = [s.text for s in texts_of_model], [s.truncated for s in texts_of_model]
-        models[name]["diagnostics"] = describe_texts(texts, sources, truncated)
+        truncated = [summary.truncated for summary in texts_of_model]
+        models[name]["diagnostics"] = describe_texts(texts[name], sources, truncated)
+        models[name]["unsupported"] = share_unsupported(unsupported[name])
         models[name]["training"] = read_training(paths[name]) if name in paths else None
-    texts_of_people = [text for texts in references for text in texts]
-    their_sources = [source for source, texts in zip(sources, references, strict=True) for _ in texts]
     results = {
         **header,
         "models": models,
         "comparisons": comparisons,
-        "references": describe_texts(texts_of_people, their_sources),
+        "references": describe_texts(texts_of_people, their_sources) | {"unsupported": share_unsupported(theirs)},
         "num_dialogues": len(dialogues),
         "num_rows": sum(map(len, references)),
         "num_processes": PartialState().num_processes,
         "settings": dataclasses.asdict(config),
         **describe_software(),
     }
-    texts = {name: [summary.text for summary in texts_of_model] for name, texts_of_model in in_order.items()}
     results["conclusions"] = describe_differences(pair_comparisons(results), len(dialogues))
     results["conclusions"] += describe_notes(config, texts, texts_of_people, header["unknown"])
     write_jsonl(Path(config.output_dir) / "predictions.jsonl", lines)

@@ -18,7 +18,12 @@ class Table(NamedTuple):
 
 def build_tables(results: dict[str, Any]) -> list[Table]:
     """All tables in the order shown; the reports skip those without rows."""
-    tables = [build_scores(results), build_differences(results), build_diagnostics(results)]
+    tables = [
+        build_scores(results),
+        build_differences(results),
+        build_diagnostics(results),
+        build_unsupported(results),
+    ]
     return [*tables, build_costs(results), build_facts(results.get("facts", {}))]
 
 
@@ -77,6 +82,15 @@ def build_diagnostics(results: dict[str, Any]) -> Table:
     return Table(title, header, rows, {})
 
 
+def build_unsupported(results: dict[str, Any]) -> Table:
+    """Shares of texts that state what their dialogue does not hold, beside those of the references."""
+    found = [(name, model["unsupported"]) for name, model in results["models"].items()]
+    found.append(("(references)", results["references"]["unsupported"]))
+    rows = [[name, *(f"{100 * share:.1f} %" for share in shares.values())] for name, shares in found]
+    title = "Texts with a number or a name that their dialogue does not hold, or mostly in another script than it"
+    return Table(title, ["not in the dialogue", "numbers", "names", "other script"], rows, {})
+
+
 def build_costs(results: dict[str, Any]) -> Table:
     """What each model that was trained here cost, beside its quality."""
     rows = []
@@ -112,10 +126,11 @@ def pair_comparisons(results: dict[str, Any]) -> list[tuple[tuple[str, str], dic
 
 
 def is_current(results: dict[str, Any]) -> bool:
-    """Whether a results.json has all that a report shows; earlier versions had other p-values, or none."""
+    """Whether a results.json has all that a report shows; earlier versions had other p-values and fewer measures."""
     comparisons = results.get("comparisons", {}).values()
     entries = [entry for one in comparisons for by_metric in one.values() for entry in by_metric.values()]
-    return "predictions_sha256" in results and all("p_value_holm" in entry for entry in entries)
+    has_measures = "predictions_sha256" in results and "unsupported" in results.get("references", {})
+    return has_measures and all("p_value_holm" in entry for entry in entries)
 
 
 def judge(entry: dict[str, float], num_dialogues: int) -> str:

@@ -111,7 +111,8 @@ function makeDetail(dialogue, numColumns) {
     const cut = dialogue.truncated[model] ? ", cut at max_new_tokens" : "";
     const label = `${name} · ${scoreOf(dialogue, model).toFixed(1)}${cut}`;
     const pieces = markText(dialogue.texts[model], otherText(dialogue, model));
-    texts.append(make("dt", {}, label), make("dd", { class: "text" }, ...pieces));
+    const missing = dialogue.unsupported[model] && ` · not in the dialogue: ${dialogue.unsupported[model]}`;
+    texts.append(make("dt", {}, label, make("span", { class: "below" }, missing)), make("dd", { class: "text" }, ...pieces));
   });
   const source = make("div", { class: "source" }, ...turns);
   const cell = make("td", { colspan: numColumns }, make("div", { class: "columns" }, source, texts));
