@@ -26,8 +26,9 @@ from utils.generation.partial_texts import mark_unfinished, remove_batches
 from utils.generation.summaries import choose_dtype, summarize_with_models
 from utils.launch.locks import lock_folder, lock_output_dir
 from utils.launch.output_dir import check_output_dir
-from utils.launch.processes import start_evaluation
+from utils.launch.processes import call_on_main, start_evaluation
 from utils.launch.script import run_script
+from utils.scoring.bertscore import describe_encoder
 from utils.scoring.predictions import hash_predictions, load_predictions
 from utils.scoring.report import add_to_cards, show_report
 from utils.scoring.results import is_finished, write_results
@@ -58,6 +59,7 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
     example = {"split": config.split, "index": min(config.example_index, len(rows) - 1)}
     example |= rows[example["index"]]
     facts = read_facts(config, dialogues) if config.demo else []
+    encoder = call_on_main(accelerator, lambda: describe_encoder(config))  # its mistakes are told before hours of work
     # Of each model, by dialogue: `summaries[name][dialogue]`.
     if config.predictions_file:
         summaries = load_predictions(config, dialogues, known_ids={row["id"] for row in rows})
@@ -75,6 +77,7 @@ def evaluate(accelerator: Accelerator, config: EvaluationConfig, rows: list[dict
         summaries["random"] = guess_summaries(load_rows(config, "train"), dialogues, config.seed)
     if accelerator.is_main_process:
         results = {"example": example, "data_fingerprint": hash_value(rows), "hashes": hashes, "unknown": unknown}
+        results["bertscore"] = encoder
         if facts:
             results["facts"] = score_facts(summaries, dialogues, facts)
         mark_unfinished(config.partial_texts)

@@ -321,6 +321,11 @@ class ScoringConfig(Config):
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
+    bertscore: str | None = setting(None, "encoder, hub name or folder, for BERTScore too: requirements-bertscore.txt")
+    bertscore_num_layers: int | None = setting(
+        None,
+        "layer whose embeddings BERTScore compares; by default the one that bert_score has for the encoder's name",
+    )
     add_to_card: bool = setting(False, "put the scores into README.md of each model that was trained here")
     report_only: bool = setting(False, "only write the reports again, from what output_dir holds")
 
@@ -328,6 +333,10 @@ class ScoringConfig(Config):
         super().__post_init__()
         if self.example_index < 0:
             raise UserError(f"--example_index must not be negative, got {self.example_index}")
+        if self.bertscore == "":
+            raise UserError("--bertscore is empty")
+        if self.bertscore_num_layers and not self.bertscore:
+            raise UserError(f"--bertscore_num_layers {self.bertscore_num_layers} needs --bertscore")
         if self.add_to_card and self.predictions_file:
             raise UserError("--add_to_card needs models, and --predictions_file names texts")
         names = [model.partition("=")[0] for model in self.models]

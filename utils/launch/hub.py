@@ -23,8 +23,8 @@ LOADING_ERRORS = (
 
 @contextmanager
 def explain_hub_errors(setting: str, name: str, kind: str) -> Iterator[None]:
-    """Turn what the libraries raise while they load `name` (a "model" or a "data set") into a UserError that says
-    what is missing, where it was looked for and what to do."""
+    """Turn what the libraries raise while they load `name` (a "model", "encoder" or "data set") into a UserError that
+    says what is missing, where it was looked for and what to do."""
     if not Path(name).is_dir() and not constants.HF_HUB_OFFLINE:
         # Said beforehand: without a network the libraries retry for half a minute, even with everything cached.
         logger.info("asking %s for %s %s (HF_HUB_OFFLINE=1 uses the cache alone)", constants.ENDPOINT, kind, name)
@@ -43,15 +43,14 @@ def _explain(error: Exception, name: str, kind: str) -> str:
     if isinstance(error, UnpicklingError):
         return "its weights are a pickle that holds more than weights, which is not loaded; take safetensors"
     if Path(name).exists():
-        return f"cannot be loaded as a {kind}: {message}"
-    if kind == "model":
-        cache = constants.HF_HUB_CACHE
-        load = (
-            "import transformers as t; t.AutoTokenizer.from_pretrained(n); t.AutoModelForSeq2SeqLM.from_pretrained(n)"
-        )
-    else:
+        return f"cannot be loaded as {'an' if kind == 'encoder' else 'a'} {kind}: {message}"
+    if kind == "data set":
         cache = datasets.config.HF_DATASETS_CACHE
         load = "from datasets import load_dataset; load_dataset(n)"
+    else:
+        cache = constants.HF_HUB_CACHE
+        model = "AutoModel" if kind == "encoder" else "AutoModelForSeq2SeqLM"
+        load = f"import transformers as t; t.AutoTokenizer.from_pretrained(n); t.{model}.from_pretrained(n)"
     download = f"load it once where there is a network: python -c \"n='{name}'; {load}\""
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids to ask the hub; {download}"

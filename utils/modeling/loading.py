@@ -42,13 +42,15 @@ SECONDS_FOR_PATTERNS = 5
 TOKENIZER_FILES = ("tokenizer*", "spiece.model")
 
 
-def load_tokenizer(name_or_path: str, setting: str = "model_name_or_path") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, setting: str = "model_name_or_path", **settings: bool
+) -> PreTrainedTokenizerBase:
     check_folder(name_or_path, setting)
     folder = Path(name_or_path)
     if folder.is_dir() and not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         raise UserError(f"--{setting} {name_or_path}: no tokenizer in this folder")  # transformers would invent one
     with explain_hub_errors(setting, name_or_path, "model"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **settings)
     if tokenizer.is_fast:  # as tokenising would leave it, which a warm cache spares: both are part of what is exported
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()

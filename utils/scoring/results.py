@@ -16,6 +16,7 @@ from utils.generation.summaries import load_models
 from utils.launch.output_dir import RESULTS, read_finished
 from utils.launch.processes import call_on_main
 from utils.launch.script import describe_software
+from utils.scoring.bertscore import describe_encoder, estimate_bertscore, load_encoder, score_with_encoder
 from utils.scoring.diagnostics import describe_notes, describe_texts
 from utils.scoring.predictions import hash_predictions
 from utils.scoring.rouge import compare_models, score_texts
@@ -56,6 +57,7 @@ def check_same(before: dict[str, Any], config: EvaluationConfig, rows: list[dict
         "its scores are from an earlier version": not is_current(before),
         "the data has changed": before.get("data_fingerprint") != hash_value(rows),
         "the models or texts have changed": before.get("hashes") != hashes,
+        "the encoder of --bertscore has changed": before.get("bertscore") != describe_encoder(config),
         "predictions.jsonl is not what was written": not predictions.is_file()
         or describe_file(predictions)["sha256"] != before.get("predictions_sha256"),
     }
@@ -95,6 +97,9 @@ def write_results(
         for index, (dialogue, summary) in enumerate(zip(dialogues, texts_of_model, strict=True))
     ]
     models, comparisons = compare_models(scores, config.seed)
+    if config.bertscore:
+        for name, values in score_with_encoder(load_encoder(config), texts, references, PartialState().device).items():
+            models[name]["bertscore"] = estimate_bertscore(values)
     paths = {} if config.predictions_file else dict(model.split("=", maxsplit=1) for model in config.models)
     for name, texts_of_model in in_order.items():
         truncated = [summary.truncated for summary in texts_of_model]

@@ -18,13 +18,8 @@ class Table(NamedTuple):
 
 def build_tables(results: dict[str, Any]) -> list[Table]:
     """All tables in the order shown; the reports skip those without rows."""
-    tables = [
-        build_scores(results),
-        build_differences(results),
-        build_diagnostics(results),
-        build_unsupported(results),
-    ]
-    return [*tables, build_costs(results), build_facts(results.get("facts", {}))]
+    tables = [build_scores(results), build_differences(results), build_bertscore(results), build_diagnostics(results)]
+    return [*tables, build_unsupported(results), build_costs(results), build_facts(results.get("facts", {}))]
 
 
 def build_scores(results: dict[str, Any]) -> Table:
@@ -68,6 +63,17 @@ def build_differences(results: dict[str, Any]) -> Table:
         f"{len(METRICS) * len(results['comparisons'])} comparisons against the same references"
     )
     return Table(title, ["difference", "references", *METRICS], rows, styles)
+
+
+def build_bertscore(results: dict[str, Any]) -> Table:
+    """Without rows if there was no --bertscore."""
+    encoder, rows = results.get("bertscore"), []
+    for name, model in results["models"].items() if encoder else ():
+        scores = [model["bertscore"][protocol] for protocol in PROTOCOLS]
+        rows.append([name, *(f"{format_percent(score)} {format_interval(score)}" for score in scores)])
+    of = f"{encoder['encoder']}, layer {encoder['num_layers']}, bert_score {encoder['version']}" if encoder else ""
+    title = f"BERTScore F1 in percent [95 % interval] by {of}, neither weighted nor rescaled"
+    return Table(title, ["BERTScore", *PROTOCOLS], rows, {})
 
 
 def build_diagnostics(results: dict[str, Any]) -> Table:
