@@ -135,9 +135,9 @@ def join_parts(parts: list[str]) -> tuple[int, ...]:
         value, is_digits = value_of(part), part[0].isdigit()
         if is_digits or not values:
             values.append(value)
-        elif value in (100, 10**3, 10**6, 10**9) and values[-1] < value:
-            values[-1] *= value
-        elif before >= 100 > value or (20 <= before < 100 and value < 10):
+        elif value >= 100 and (multiplied := values[-1] % value):  # of `one thousand five hundred` the five
+            values[-1] += multiplied * (value - 1)
+        elif before >= 100 or (20 <= before and value < 10):
             values[-1] += value
         else:
             values.append(value)
