@@ -12,6 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     BertTokenizer,
@@ -137,9 +139,19 @@ def test_it_is_an_extra(encoders, monkeypatch):
             EvaluationConfig(**settings)
 
 
-def test_encoders_that_cannot_be_used(encoders, tmp_path):
+def test_encoders_that_cannot_be_used(encoders, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--bertscore .*none: no such folder"):
         load(tmp_path / "none")
+    bart = BartConfig(
+        vocab_size=len(WORDS), d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=20,
+    )  # fmt: skip
+    BartModel(bart).save_pretrained(shutil.copytree(encoders / "bert", tmp_path / "bart"))
+    assert [len(load(tmp_path / "bart", number).model.layers) for number in (1, 2)] == [1, 2]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a bert cannot be cut to 2 layers here"):
+        whole = AutoModel.from_pretrained(encoders / "bert")
+        patch.setattr(utils.scoring.bertscore, "load_quietly", lambda name, settings: (whole, set()))
+        load(encoders / "bert", 2)
     with pytest.raises(UserError, match="not in the cache .*AutoModel.from_pretrained"):
         load("no/encoder")
     broken = shutil.copytree(encoders / "bert", tmp_path / "broken")
