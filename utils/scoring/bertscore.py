@@ -149,7 +149,7 @@ def match(text: tuple | None, reference: tuple | None) -> float:
         return 0.0
     words = []
     for states, weights in (reference, text):
-        words += [states[None].clone(), torch.ones(1, len(states)), weights[None].clone()]  # which it changes
+        words += [states[None], torch.ones(1, len(states)), weights[None]]  # which it normalises in place
     return round(greedy_cos_idf(*words)[2].item(), 6)
 
 
