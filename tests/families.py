@@ -113,16 +113,22 @@ def find_targets(model: torch.nn.Module) -> list[str]:
     return next(pair for pair in pairs if names.issuperset(pair))
 
 
-def decode_here_and_there(folder: Path, **settings) -> tuple[list[list[int]], list[list[int]]]:
-    """Twelve dialogues' tokens: of our decoding in one batch, and of stock generate() one by one."""
+def decode_here_and_there(
+    folder: Path, stock: Path | None = None, **settings
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Twelve dialogues' tokens: of our decoding in one batch, and of stock generate() one by one.
+
+    Args:
+        stock: a folder for the latter, if it is another.
+    """
     config = EvaluationConfig(max_new_tokens=20, **settings)
     rows, tokenizer = make_rows(12, seed=3), load_tokenizer(str(folder))
     prompts = sorted(tokenizer([build_prompt(row["dialogue"]) for row in rows]).input_ids, key=len, reverse=True)
     here = [ids for ids, _ in decode_batch(load_model(str(folder), "sdpa", torch.float32).eval(), prompts, config)]
-    stock = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    model = AutoModelForSeq2SeqLM.from_pretrained(stock or folder).eval()
     settings = {"num_beams": 1, "do_sample": False, "max_new_tokens": 20, "length_penalty": 1.0} | settings
     there = [
-        stock.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **settings)
+        model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **settings)
         for ids in prompts
     ]
     return here, [ids[0, 1:].tolist() for ids in there]

@@ -4,6 +4,7 @@ that our decoding does not follow left out."""
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from utils.config import TrainingConfig, UserError
 from utils.prompting import DEFAULT_PROMPT, Prompt, find_prompt
 
 logger = logging.getLogger(__name__)
+# Settings that change no text, or are always given to generate().
+OF_NO_TEXT = "_from_model_config|transformers_version|output_.*|return_dict_in_generate|use_cache|max_new_tokens"
 TOKEN = "a token's number below {num_tokens}"
 
 
@@ -101,7 +104,7 @@ def set_own_rules(model: PreTrainedModel, settings: dict[str, Any] | None, where
             if not check(value):
                 raise UserError(f"{where}: {file}: {name} is {json.dumps(value)[:80]}, and must be {words}")
             kept[name] = value
-        elif name in defaults and value not in (None, defaults[name]) and name != "max_new_tokens":
+        elif name in defaults and value not in (None, defaults[name]) and not re.fullmatch(OF_NO_TEXT, name):
             unused.append(name)
     if "repetition_penalty" in kept:
         kept["repetition_penalty"] = float(kept["repetition_penalty"])  # for transformers 2 is no number
