@@ -1,6 +1,7 @@
 """report.html in a real browser, with 500 dialogues and text that would like to be markup; the console, report.md."""
 
 import json
+import random
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from utils.config import EvaluationConfig, UserError
 from utils.scoring.html_report import build_page, collect_data, escape_json
 from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.results import read_training
+from utils.scoring.rouge import METRICS, compare_models
 from utils.scoring.tables import Table, build_differences, build_unsupported, describe_differences
 
 HOSTILE = (
@@ -299,10 +301,7 @@ def test_a_page_of_one_model(report, open_page, tmp_path):
     results = json.loads((report / "out" / "results.json").read_text())
     results |= {"models": {"base": results["models"]["base"]}, "comparisons": {}}
     curves = {"train": [[10, 2.0], [20, 1.0]], "validation": [[0, 3.0], [20, 1.5]]}
-    results["models"]["base"]["training"] = {
-        "num_parameters": 10, "num_trainable_parameters": 5, "num_train_steps": 20, "num_processes": 2,
-        "device": "cpu", "size_bytes": 2**20, "seconds": 61.2, "peak_memory_mib": 100.0, "curves": curves,
-    }  # fmt: skip
+    results["models"]["base"]["training"] = TRAINING | {"curves": curves}
     lines = [line for line in read_jsonl(report / "out" / "predictions.jsonl") if line["model"] == "base"][:3]
     (tmp_path / "report.html").write_text(build_page(results, lines), encoding="utf-8")
     page = open_page(tmp_path / "report.html")
@@ -310,6 +309,87 @@ def test_a_page_of_one_model(report, open_page, tmp_path):
     assert page.locator("#curves svg").count() == 1
     assert "1:01 on 2 cpu" in page.locator("table").filter(has_text="trained parameters").inner_text()
     assert len(read_column(page, 1)) == 3
+
+
+TRAINING = {
+    "num_parameters": 10, "num_trainable_parameters": 5, "num_train_steps": 20, "num_processes": 2,
+    "device": "cpu", "size_bytes": 2**20, "seconds": 61.2, "peak_memory_mib": 100.0,
+}  # fmt: skip
+
+
+def write_page(report, path, names: list[str], lowest: float = 0, highest: float = 1, num_updates: int = 20):
+    """A page of 30 dialogues with scores between two bounds and with curves of so many updates."""
+    results = json.loads((report / "out" / "results.json").read_text(encoding="utf-8"))
+    rng = random.Random(0)
+    dialogues = [" ".join(["word"] * rng.randint(3, 400)) for _ in range(30)]
+    scores = {
+        name: {metric: [[rng.uniform(lowest, highest)] for _ in dialogues] for metric in METRICS} for name in names
+    }
+    models, comparisons = compare_models(scores, seed=0)
+    points = sorted({1, num_updates // 3, num_updates} - {0})
+    curves = {"train": [[step, 10 / step] for step in points], "validation": [[0, 11.0], [num_updates, 0.5]]}
+    for model in models.values():
+        model |= {"training": TRAINING | {"curves": curves}, "diagnostics": results["references"]}
+    lines = [
+        {"id": f"test_{index}", "model": name, "prediction": "word " * rng.randint(1, 60), "dialogue": dialogue}
+        | {"references": ["word " * 9], "scores": {metric: scores[name][metric][index] for metric in METRICS}}
+        for name in names
+        for index, dialogue in enumerate(dialogues)
+    ]
+    results |= {"models": models, "comparisons": comparisons, "num_dialogues": len(dialogues)}
+    path.write_text(build_page(results, lines), encoding="utf-8")
+
+
+LABEL_FAULTS = """() => [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
+  const frame = svg.getBoundingClientRect(), chart = svg.closest(".chart").id;
+  const labels = [...svg.querySelectorAll("text")]
+    .filter((text) => text.textContent && text.getAttribute("opacity") !== "0")
+    .map((text) => [text.textContent, text.getBoundingClientRect()]);
+  const outside = labels
+    .filter(([, box]) => box.left < frame.left || box.right > frame.right
+      || box.top < frame.top || box.bottom > frame.bottom)
+    .map(([text]) => `${chart}: ${text} is outside`);
+  const colliding = labels.flatMap(([text, a], index) => labels.slice(index + 1)
+    .filter(([, b]) => a.left < b.right + 2 && b.left < a.right + 2 && a.top < b.bottom && b.top < a.bottom)
+    .map(([other]) => `${chart}: ${text} on ${other}`));
+  return [...outside, ...colliding];
+})"""
+DRAWN = """() => [...document.querySelectorAll(".chart")].filter((chart) => chart.clientWidth).every((chart) => {
+  const svg = chart.querySelector("svg");
+  return svg && Number(svg.getAttribute("width")) === chart.clientWidth;
+})"""
+ALIKE = [f"flan-t5-base-dialogsum-lora-r16-alpha32-lr3e-4-10-epochs-seed-{seed}" for seed in range(6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "lowest", "highest", "num_updates"),
+    [
+        (["one"], 0, 0.02, 1),
+        (["base", "tuned"], 0.97, 1, 200),
+        (["base", "full", "lora", "rows", "random", "first"], 0, 0.01, 100_000),
+        (ALIKE[:2], 0.3, 0.4, 1_234_567),
+        (ALIKE, 0, 1, 20_000),
+    ],
+)
+def test_labels_of_charts_neither_collide_nor_end_outside(
+    report, open_page, tmp_path, names, lowest, highest, num_updates
+):
+    write_page(report, tmp_path / "report.html", names, lowest, highest, num_updates)
+    page = open_page(tmp_path / "report.html", viewport={"width": 1400, "height": 900})
+    for width in (1400, 800, 400):
+        page.set_viewport_size({"width": width, "height": 900})  # the charts are drawn anew
+        page.wait_for_function(DRAWN)
+        assert page.evaluate(LABEL_FAULTS) == [], width
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    labels = page.locator("#score_distribution .role-axis-label text").all_text_contents()
+    rows = {label for label in labels if not label.isdigit()}
+    assert len(rows) == len(names), "names that differ at the end alone are told apart on a phone, too"
+    groups = page.locator("#by_length .role-axis-label text").all_text_contents()
+    assert sum("–" in label for label in groups) == 6, "no group is without its label"
+    assert page.locator("#by_length_legend li").all_text_contents() == names
+    updates = page.locator("#curves .role-axis-label text").all_text_contents()
+    assert "0.5" not in updates or num_updates > 1, "there is no half update"
 
 
 def test_json_in_a_page_cannot_end_its_element():

@@ -18,6 +18,7 @@ from utils.scoring.rouge import METRICS, PROTOCOLS
 from utils.scoring.tables import ENOUGH_DIALOGUES, Table, build_tables, judge, pair_comparisons
 
 PAGE = Path(__file__).parent / "report_page"
+SCRIPTS = ("basics", "drawing", "charts", "dialogues", "view")  # in this order: the last one starts them
 SOFTWARE = ("git_commit", "python_version", "library_versions", "data_fingerprint", "num_processes")
 
 
@@ -27,7 +28,7 @@ def build_page(results: dict[str, Any], predictions: list[dict[str, Any]]) -> st
     scores, differences, *others = map(render_table, build_tables(results))
     parts = {
         "style": (PAGE / "page.css").read_text(encoding="utf-8"),
-        "script": "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in ("charts", "dialogues")),
+        "script": "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS),
         "charting_library": charting_library(),
         "data": escape_json(collect_data(results, predictions)),
         "size": f"{results['num_dialogues']:,} dialogues of the {html.escape(str(example['split']))} split, "

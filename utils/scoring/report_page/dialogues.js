@@ -3,14 +3,6 @@ const state = { sort: "change", descending: true, open: new Set(), all: false };
 const haystacks = data.dialogues.map((one) =>
   [one.id, one.dialogue, ...one.references, ...one.texts].join("\n").toLowerCase());
 
-/** An element with text (never markup) or elements in it. */
-function make(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
-  element.append(...children);
-  return element;
-}
-
 /** [A, B] as numbers of models: the change is A minus B. */
 function chosenPair() {
   return byId("pair").value ? byId("pair").value.split(" ").map(Number) : null;
@@ -183,16 +175,3 @@ function listPairs() {
   pairs.sort((one, other) => (other[0] === best && other[1] === 0) - (one[0] === best && one[1] === 0));
   return pairs.map(([a, b]) => [`${a} ${b}`, `${data.models[a]} minus ${data.models[b]}`]);
 }
-
-fillSelect("pair", data.models.length > 1 ? listPairs() : []);
-fillSelect("mark", [["reference", "the closest reference"], ...data.models.map((name, model) => [model, name])]);
-document.querySelectorAll(".of_pairs").forEach((label) => { label.hidden = data.models.length < 2; });
-if (data.models.length < 2) Object.assign(state, { sort: "model 0", descending: false });
-byId("search").addEventListener("input", showTable);
-// Not for the search field, whose change event comes with the click that leaves it: the row clicked would be gone.
-byId("browse").querySelectorAll("select").forEach((select) => select.addEventListener("change", showTable));
-byId("browse").addEventListener("submit", (event) => event.preventDefault());
-byId("choice").addEventListener("change", showTable);
-byId("more").addEventListener("click", () => { state.all = true; showTable(); });
-state.open.add((chooseDialogues()[0] || {}).id);
-showTable();

@@ -1,0 +1,35 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
+const metricNames = { rouge1: "ROUGE-1", rouge2: "ROUGE-2", rougeL: "ROUGE-L", rougeLsum: "ROUGE-Lsum" };
+const protocolNames = {
+  average: "the average of the references", max: "the best reference", first: "the first reference",
+};
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}
+
+/** A dialogue's F1 in percent for one model, by the chosen metric and protocol. */
+function scoreOf(dialogue, model) {
+  const values = dialogue.scores[model][byId("metric").value];
+  const protocol = byId("protocol").value;
+  return 100 * (protocol === "average" ? mean(values) : protocol === "max" ? Math.max(...values) : values[0]);
+}
+
+function countWords(text) {
+  return (text.match(/[\p{L}\p{N}_]+/gu) || []).length;
+}
+
+/** An element with text (never markup) or elements in it. */
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
+  element.append(...children);
+  return element;
+}
+
+function fillSelect(id, options) {
+  byId(id).replaceChildren(...options.map(([value, label]) => new Option(label, value)));
+}
