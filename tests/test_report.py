@@ -392,6 +392,21 @@ def test_labels_of_charts_neither_collide_nor_end_outside(
     assert "0.5" not in updates or num_updates > 1, "there is no half update"
 
 
+@pytest.mark.slow
+def test_intervals_of_few_dialogues(report, open_page):
+    """Student's t, not 1.96; none of a single dialogue, and none beyond what a score can be."""
+    page = open_page(report / "out" / "report.html")
+    exact = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 99: 1.984}
+    found = page.evaluate("[1, 2, 3, 4, 9, 99].map(studentT)")
+    assert found == pytest.approx(list(exact.values()), rel=0.012)
+    scores = [40.0, 50.0, 60.0, 45.0, 55.0]  # standard deviation 7.906, standard error 3.536
+    assert page.evaluate("estimate([40, 50, 60, 45, 55])") == pytest.approx(
+        {"score": sum(scores) / 5, "low": 50 - 2.776 * 3.536, "high": 50 + 2.776 * 3.536}, rel=0.005
+    )
+    assert page.evaluate("estimate([7])") == {"score": 7, "low": None, "high": None}
+    assert page.evaluate("estimate([0, 100])") == {"score": 50, "low": 0, "high": 100}
+
+
 def test_json_in_a_page_cannot_end_its_element():
     text = escape_json({"a": "</script><!--&", "b": "\u2028 你"})
     assert "<" not in text and ">" not in text and "&" not in text

@@ -53,12 +53,10 @@ function groupByLength() {
 
 function drawByLength() {
   const values = groupByLength().flatMap((group, order) => data.models.map((name, model) => {
-    const scores = group.map((dialogue) => scoreOf(dialogue, model)), center = mean(scores);
-    const squares = scores.map((score) => (score - center) ** 2);
-    const half = 1.96 * Math.sqrt(mean(squares) / Math.max(1, scores.length - 1));
     const [shortest, longest] = [group[0].words, group[group.length - 1].words];
     const length = shortest === longest ? `${shortest}` : `${shortest}–${longest}`;
-    return { length, order, name, score: center, low: center - half, high: center + half, dialogues: group.length };
+    const estimates = estimate(group.map((dialogue) => scoreOf(dialogue, model)));
+    return { length, order, name, ...estimates, dialogues: group.length };
   }));
   // Every group keeps its label, so these break into two lines where the groups are narrow.
   const labels = [...new Set(values.map(({ length }) => length))];
