@@ -8,6 +8,7 @@ import functools
 import html
 import json
 import re
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from utils.scoring.tables import ENOUGH_DIALOGUES, Table, build_tables, judge, p
 
 PAGE = Path(__file__).parent / "report_page"
 SCRIPTS = ("basics", "drawing", "charts", "dialogues", "view")  # in this order: the last one starts them
+HINT = '<p class="hint" hidden>This table is wider than the page: it scrolls sideways.</p>'
 SOFTWARE = ("git_commit", "python_version", "library_versions", "data_fingerprint", "num_processes")
 
 
@@ -37,8 +39,10 @@ def build_page(results: dict[str, Any], predictions: list[dict[str, Any]]) -> st
         "enough": str(ENOUGH_DIALOGUES),
         "scores": scores,
         "differences": differences,
+        "without_differences": "" if results["comparisons"] else " hidden",
         "other_tables": "\n".join(others),
-        "example": render_example(example),
+        "hint": HINT,
+        "example": render_example(example, predictions),
         "settings": render_settings(results),
     }
     page = (PAGE / "page.html").read_text(encoding="utf-8")
@@ -115,18 +119,27 @@ def render_table(table: Table) -> str:
             cells.append(f'<td class="{table.styles.get((number, column), "")}">{shown}</td>')
         group = ' class="group"' if number and row[1] != table.rows[number - 1][1] and row[1] in PROTOCOLS else ""
         lines.append(f"<tr{group}>{''.join(cells)}</tr>")
-    caption = f"<caption>{html.escape(table.title)}</caption>"
+    caption = f"<caption><span>{html.escape(table.title)}</span></caption>"
     body = "\n".join(lines)
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{html.escape(table.header[0])}">'
+        f'{HINT}\n<div class="wide" tabindex="0" role="region" aria-label="{html.escape(table.header[0])}">'
         f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )
 
 
-def render_example(example: dict[str, Any]) -> str:
+def render_example(example: dict[str, Any], predictions: list[dict[str, Any]]) -> str:
+    """The sample with its id, and a link to the entry of its dialogue, whose id may be that of another of its rows."""
     texts = {"dialogue": example["dialogue"], "human summary": example["summary"], **example["texts"]}
     shown = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in texts.items())
-    return f"<p>Row {example['index']} of the split.</p><dl>{shown}</dl>"
+    where = f"Row {example['index']} of the split, id {html.escape(example['id'])}. "
+    entry = next((line["id"] for line in predictions if line["dialogue"] == example["dialogue"]), None)
+    if entry is None:
+        where += "Its dialogue is not among those scored."
+    else:
+        href = f"#dialogue={urllib.parse.quote(entry, safe='')}"
+        others = "" if entry == example["id"] else f", under the id {html.escape(entry)} of its first row"
+        where += f'<span class="scripted"><a id="to_sample" href="{href}">Show it in the list</a>{others}.</span>'
+    return f"<p>{where}</p><dl>{shown}</dl>"
 
 
 def render_settings(results: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ function drawDistributions() {
   const scores = data.models.flatMap((name, model) =>
     data.dialogues.map((one) => ({ name, value: scoreOf(one, model) })));
   const title = metricNames[byId("metric").value];
-  drawDistribution("score_distribution", "Scores of single dialogues for each model", data.models, scores, {
+  const byScore = drawDistribution("score_distribution", "Scores of each model's dialogues", data.models, scores, {
     field: "value", type: "quantitative", title, scale: { domain: [0, 100] },
   });
   const lengths = data.dialogues.flatMap((one) => [
@@ -115,9 +115,11 @@ function drawDistributions() {
     ...one.texts.map((text, model) => ({ name: data.models[model], value: countWords(text) })),
   ]);
   const names = ["(references)", ...data.models];
-  drawDistribution("length_distribution", "Lengths of the references and of each model's texts", names, lengths, {
+  const texts = "Lengths of the references and of each model's texts";
+  const byLength = drawDistribution("length_distribution", texts, names, lengths, {
     field: "value", type: "quantitative", title: "words", axis: wholeNumbers(lengths.map(({ value }) => value)),
   });
+  return [byScore, byLength];
 }
 
 function drawCurves() {
@@ -142,9 +144,6 @@ function drawCurves() {
 }
 
 function drawAll() {
-  byId("differences").hidden = !data.comparisons.length;
-  if (data.comparisons.length) drawForest();
-  drawByLength();
-  drawDistributions();
-  drawCurves();
+  const forest = data.comparisons.length ? [drawForest()] : [];
+  return Promise.all([...forest, drawByLength(), ...drawDistributions(), drawCurves()]);
 }

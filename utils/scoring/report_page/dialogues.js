@@ -1,11 +1,13 @@
 const FIRST_ROWS = 100; // what is drawn at once; the rest on demand
-const state = { sort: "change", descending: true, open: new Set(), all: false };
+// `linked`: the id of the dialogue that the URL leads to.
+const state = { sort: "change", descending: true, open: new Set(), linked: null, all: false };
+const pairs = new Map(); // of models, by name
 const haystacks = data.dialogues.map((one) =>
   [one.id, one.dialogue, ...one.references, ...one.texts].join("\n").toLowerCase());
 
 /** [A, B] as numbers of models: the change is A minus B. */
 function chosenPair() {
-  return byId("pair").value ? byId("pair").value.split(" ").map(Number) : null;
+  return pairs.get(byId("pair").value) || null;
 }
 
 function changeOf(dialogue) {
@@ -19,7 +21,7 @@ function columns() {
   const format = (value) => value.toFixed(1);
   const signed = (value) => (value > 0 ? "+" : "") + value.toFixed(1);
   const models = data.models.map((name, model) => [
-    `model ${model}`, name, (one) => scoreOf(one, model), format, pair && !pair.includes(model) ? "other" : "",
+    `model ${name}`, name, (one) => scoreOf(one, model), format, pair && !pair.includes(model) ? "other" : "",
   ]);
   const change = pair ? [["change", "change", changeOf, signed, "change"]] : [];
   return [["id", "dialogue", (one) => one.id, String, ""], ...change, ...models,
@@ -82,7 +84,8 @@ function markText(text, other) {
 /** What a model's text is marked against: the reference it scores best with, or another model's text. */
 function otherText(dialogue, model) {
   const choice = byId("mark").value;
-  if (choice !== "reference") return Number(choice) === model ? null : dialogue.texts[Number(choice)];
+  const chosen = data.models.indexOf(choice); // none for the reference, whose value is empty
+  if (chosen >= 0) return chosen === model ? null : dialogue.texts[chosen];
   const scores = dialogue.scores[model][byId("metric").value];
   return dialogue.references[scores.indexOf(Math.max(...scores))];
 }
@@ -117,7 +120,7 @@ function makeRow(dialogue, shape) {
   shape.forEach(([key, , value, format, style]) => {
     const number = value(dialogue), text = format(number);
     if (key === "id") {
-      const button = make("button", { type: "button", "aria-expanded": isOpen }, `${isOpen ? "▾" : "▸"} ${text}`);
+      const button = make("button", { type: "button", "aria-expanded": isOpen, "data-id": text }, `${isOpen ? "▾" : "▸"} ${text}`);
       button.addEventListener("click", () => toggle(dialogue, row, shape));
       row.append(make("td", {}, button));
     } else {
@@ -132,8 +135,13 @@ function toggle(dialogue, row, shape) {
   const isOpen = !state.open.delete(dialogue.id);
   if (isOpen) {
     state.open.add(dialogue.id);
+    state.linked = dialogue.id;
     row.after(makeDetail(dialogue, shape.length));
-  } else row.nextSibling.remove();
+  } else {
+    row.nextSibling.remove();
+    if (state.linked === dialogue.id) state.linked = null;
+  }
+  saveViewSoon();
   const button = row.querySelector("button");
   button.setAttribute("aria-expanded", isOpen);
   button.textContent = `${isOpen ? "▾" : "▸"} ${dialogue.id}`;
@@ -165,13 +173,27 @@ function showTable() {
   const what = pair ? `; change is ${data.models[pair[0]]} minus ${data.models[pair[1]]}, in points` : "";
   byId("count").textContent = `${chosen.length} of ${data.dialogues.length} dialogues${what}`;
   byId("more").hidden = drawn.length === chosen.length;
+  saveViewSoon();
 }
 
-/** Pairs to choose from: first the model with the best mean against the first model. */
+/** Open a dialogue of those that are shown and go to it. */
+function goTo(id) {
+  const place = chooseDialogues().findIndex((one) => one.id === id);
+  if (place < 0) return;
+  if (place >= FIRST_ROWS) state.all = true;
+  state.open.add(id);
+  state.linked = id;
+  showTable();
+  const button = [...byId("table").querySelectorAll("button[data-id]")].find((one) => one.dataset.id === id);
+  button.scrollIntoView({ block: "center" }); // the form above sticks to the top and would cover it
+  button.focus({ preventScroll: true });
+}
+
+/** [name, [A, B]] of the pairs to choose from: first the model with the best mean against the first model. */
 function listPairs() {
   const means = data.models.map((_, model) => mean(data.dialogues.map((one) => scoreOf(one, model))));
   const best = means.indexOf(Math.max(...means.slice(1)), 1);
   const pairs = data.models.flatMap((_, a) => data.models.map((__, b) => [a, b])).filter(([a, b]) => a > b);
   pairs.sort((one, other) => (other[0] === best && other[1] === 0) - (one[0] === best && one[1] === 0));
-  return pairs.map(([a, b]) => [`${a} ${b}`, `${data.models[a]} minus ${data.models[b]}`]);
+  return pairs.map(([a, b]) => [`${data.models[a]} minus ${data.models[b]}`, [a, b]]);
 }
