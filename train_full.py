@@ -20,7 +20,7 @@ from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model
-from utils.modeling.families import check_loss
+from utils.modeling.families import check_trainable
 from utils.modeling.fused import fuse
 from utils.modeling.generation_config import set_generation_config
 from utils.modeling.loading import check_sizes, load_model, load_tokenizer
@@ -46,7 +46,7 @@ def main(config: TrainingConfig):
         config.model_name_or_path, config.attn_implementation, torch.float32, without_weights=config.preflight
     )
     check_sizes(model, tokenizer, config)
-    check_loss(model, f"--model_name_or_path {config.model_name_or_path}")
+    check_trainable(model, f"--model_name_or_path {config.model_name_or_path}")
     fuse(model)
     set_generation_config(model, config)
     if config.gradient_checkpointing:

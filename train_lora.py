@@ -18,7 +18,7 @@ from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
 from utils.modeling.export import export_model
-from utils.modeling.families import check_loss
+from utils.modeling.families import check_trainable
 from utils.modeling.fused import fuse
 from utils.modeling.generation_config import set_generation_config
 from utils.modeling.loading import check_sizes, load_tokenizer
@@ -43,7 +43,7 @@ def main(config: LoraTrainingConfig):
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = add_lora(load_frozen_base(accelerator, config), config)
     check_sizes(model, tokenizer, config)
-    check_loss(model, f"--model_name_or_path {config.model_name_or_path}")
+    check_trainable(model, f"--model_name_or_path {config.model_name_or_path}")
     fuse(model)
     set_generation_config(model, config)
     if config.gradient_checkpointing:

@@ -21,7 +21,7 @@ from transformers import (
 import train_full
 import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
-from utils.modeling.families import check_loss, has_tied_head
+from utils.modeling.families import check_trainable, has_tied_head
 from utils.modeling.loading import load_model
 from utils.modeling.passes import find_unused
 from utils.prompting import build_prompt
@@ -102,7 +102,7 @@ def test_a_family(family, data_files, tmp_path):
     assert has_tied_head(load_model(str(folder), "sdpa", torch.float32, without_weights=True)) == has_tied_head(model)
     works, why_not = "training, decoding", ""
     try:
-        check_loss(model, "")
+        check_trainable(model, "")
         check_trainings(folder, data_files, tmp_path, check_gradient(folder, data_files, tmp_path))
     except UserError as error:
         works, why_not = "decoding", str(error).removeprefix(": ")
@@ -150,4 +150,4 @@ def test_sparse_attention_that_depends_on_padding_is_not_used(tmp_path):
 def test_a_loss_of_more_parts(tmp_path):
     folder = write_family(tmp_path, "switch_transformers", output_router_logits=True)
     with pytest.raises(UserError, match="^here: output_router_logits in its config.json adds losses"):
-        check_loss(load_model(str(folder), "sdpa", torch.float32), "here")
+        check_trainable(load_model(str(folder), "sdpa", torch.float32), "here")

@@ -5,6 +5,7 @@ import logging
 import math
 
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.config import UserError
@@ -38,13 +39,15 @@ def takes_whole_mask(model: PreTrainedModel) -> bool:
     return all(part._attn_implementation == "sdpa" and getattr(part, "layer_types", None) is None for part in parts)
 
 
-def check_loss(model: PreTrainedModel, where: str):
+def check_trainable(model: PreTrainedModel | PeftModel, where: str):
     """UserError if the model's own loss is more than the cross-entropy of the target tokens, which is what is trained
-    on.
+    on, or if it is a learned prefix beside a model.
 
     Args:
         where: what to say before the mistake.
     """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise UserError(f"{where}: holds a learned prefix, which cannot be trained on; name its base")
     if getattr(model.config, "ngram", None):  # ProphetNet's
         raise UserError(f"{where}: its loss predicts several tokens at once and changes with the padding of targets")
     if getattr(model.config, "output_router_logits", False):

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
@@ -66,9 +67,9 @@ def load_model(
     quantization_config: BitsAndBytesConfig | None = None,
     without_weights: bool = False,
     base_model: str | None = None,
-) -> PreTrainedModel:
-    """An encoder-decoder model, or the one that a LoRA folder adapts with the adapter merged into it; on the meta
-    device if it is to be `without_weights`. `base_model` stands in for the base that the folder names."""
+) -> PreTrainedModel | PeftModel:
+    """An encoder-decoder model, or what load_adapted makes of an adapter's folder; on the meta device if it is to be
+    `without_weights`. `base_model` stands in for the base that the folder names."""
     check_folder(name_or_path, setting)
     if Path(name_or_path).is_dir():
         name_or_path = str(Path(name_or_path).resolve())  # an adapter remembers it, wherever it is used from
@@ -78,42 +79,49 @@ def load_model(
             adapter_config = PeftConfig.from_pretrained(name_or_path)
             base_name = base_model or adapter_config.base_model_name_or_path
             if not base_name:
-                raise UserError(f"--{setting} {name_or_path}: adapter_config.json names no base")
+                raise UserError(f"{where}: adapter_config.json names no base")
             base_setting = "base_model_name_or_path" if base_model else f"{setting} {name_or_path}, its base"
             base = load_model(base_name, attn_implementation, dtype, base_setting, without_weights=without_weights)
-            if without_weights:  # with the adapter merged into it, its shape is the same
-                return base
-            check_patterns(adapter_config, base, f"--{setting} {name_or_path}")
-            adapted = PeftModel.from_pretrained(base, name_or_path)
-            check_adapter(adapted, Path(name_or_path) / "adapter_model.safetensors", setting)
-            merged = adapted.merge_and_unload().requires_grad_(True)  # merging leaves the weights frozen
-            if (Path(name_or_path) / GENERATION_CONFIG_NAME).is_file():
-                set_own_rules(merged, read_settings(name_or_path, where), where)
-            return merged
+            # With the adapter merged into it, its shape is the same.
+            return base if without_weights else load_adapted(base, adapter_config, name_or_path, setting)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if not config.is_encoder_decoder:
-            raise UserError(f"--{setting} {name_or_path}: {config.model_type} is not an encoder-decoder model")
-        load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
+            raise UserError(f"{where}: {config.model_type} is not an encoder-decoder model")
         use_whole_attention(config)
-        settings = read_settings(name_or_path, where)
-        attention = choose_attention(attn_implementation)
+        own_rules = read_settings(name_or_path, where)
+        load = load_shapes if without_weights else AutoModelForSeq2SeqLM.from_pretrained
         with zero3_loads_in(dtype):
             model, report = load(
-                name_or_path, config=config, dtype=dtype, attn_implementation=attention,
+                name_or_path, config=config, dtype=dtype, attn_implementation=choose_attention(attn_implementation),
                 output_loading_info=True, quantization_config=quantization_config, trust_remote_code=False,
                 # An empty one: the library is not to read what nobody has checked.
-                generation_config=None if settings is None else GenerationConfig(),
+                generation_config=None if own_rules is None else GenerationConfig(),
             )  # fmt: skip
         if report["missing_keys"]:  # transformers would make them up
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise UserError(f"--{setting} {name_or_path}: its weights lack {missing}")
-        if unused := sorted(report.get("unexpected_keys", ())):  # unknown without the weights
-            logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
+            raise UserError(f"{where}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         if is_deepspeed_zero3_enabled():
             untie_head(model, name_or_path, setting)
-        set_own_rules(model, settings, where)
+        set_own_rules(model, own_rules, where)
+        if unused := sorted(report.get("unexpected_keys", ())):  # unknown without the weights
+            logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
     share_embedding_module(model)
     return record_head(model)
+
+
+def load_adapted(
+    base: PreTrainedModel, adapter_config: PeftConfig, folder: str, setting: str
+) -> PreTrainedModel | PeftModel:
+    """The base with the adapter merged into it, or beside it if it is a learned prefix, which changes no weight."""
+    where = f"--{setting} {folder}"
+    check_patterns(adapter_config, base, where)
+    adapted = PeftModel.from_pretrained(base, folder)
+    check_adapter(adapted, Path(folder) / "adapter_model.safetensors", setting)
+    if not adapter_config.is_prompt_learning:
+        check_shared(adapted, where)
+        adapted = record_head(adapted.merge_and_unload().requires_grad_(True))  # merging leaves the weights frozen
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        set_own_rules(adapted, read_settings(folder, where), where)
+    return adapted
 
 
 def check_patterns(adapter_config: PeftConfig, base: PreTrainedModel, where: str):
@@ -155,6 +163,16 @@ def check_adapter(model: PeftModel, path: Path, setting: str):
                 f"--{setting} {path.parent}: {path.name} and adapter_config.json differ in {len(differing)} weights, "
                 f"{min(differing)} and so on"
             )
+
+
+def check_shared(model: PeftModel, where: str):
+    """UserError if merging the adapter would change more than the layers that it adapts."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        base_layer = getattr(module, "base_layer", None)
+        if base_layer is not None and any(uses[id(parameter)] > 1 for parameter in base_layer.parameters()):
+            name = name.removeprefix("base_model.model.")
+            raise UserError(f"{where}: it adapts {name}, whose weights other layers have too: it cannot be merged")
 
 
 def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):

@@ -113,6 +113,9 @@ def use_settings_of_adapter(config: LoraTrainingConfig) -> LoraTrainingConfig:
             prompt = find_prompt(read_settings(path, f"--adapter_name_or_path {path}"))
     if not isinstance(adapter, LoraConfig):
         raise UserError(f"--adapter_name_or_path {path}: {adapter.peft_type.value} is not LoRA")
+    if adapter.modules_to_save:
+        names = ", ".join(adapter.modules_to_save)
+        raise UserError(f"--adapter_name_or_path {path}: it also holds all of {names}, which is not trained here")
     targets = adapter.target_modules
     return dataclasses.replace(
         config, lora_r=adapter.r, lora_alpha=adapter.lora_alpha, lora_dropout=adapter.lora_dropout,
