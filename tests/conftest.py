@@ -20,12 +20,15 @@ os.environ["PATH"] = (
 )
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only get into each other's way
 
+import hypothesis
 import pytest
 import torch
 import yaml
 from filelock import FileLock
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+hypothesis.settings.register_profile("tests", deadline=None)  # an example may take long on a busy machine
+hypothesis.settings.load_profile("tests")
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIALOGSUM = REPOSITORY.parent / "shared" / "dialogsum"
 WORDS = "the a to at on will can you I meet lend sell station park library Monday Friday guitar ladder tent".split()

@@ -1077,15 +1077,16 @@ def test_predictions_by_another_system(here, id_type):
     rows = [row | {"id": id_type(number)} for number, row in enumerate(TEST_ROWS)]
     write_rows(here / "test.jsonl", rows)
     write_rows(here / "texts.jsonl", [{"id": id_type(2), "prediction": ""}, {"id": id_type(1), "prediction": "Hi 你"}])
+    nothing = {"numbers": [], "names": [], "other_script": False}
     start("evaluate_rouge", "--test_file=test.jsonl", "--predictions_file=texts.jsonl", "--output_dir=out")
     assert read_jsonl(here / "out" / "predictions.jsonl") == [
         {
             "id": "0", "model": "texts", "prediction": "Hi 你", "references": ["A greeting.", "They greet."],
-            "dialogue": "Hi.", "scores": dict.fromkeys(METRICS, [0, 0]),
+            "dialogue": "Hi.", "scores": dict.fromkeys(METRICS, [0, 0]), "unsupported": nothing,
         },
         {
             "id": "2", "model": "texts", "prediction": "", "references": ["A farewell."],
-            "dialogue": "Bye.", "scores": dict.fromkeys(METRICS, [0]),
+            "dialogue": "Bye.", "scores": dict.fromkeys(METRICS, [0]), "unsupported": nothing,
         },
     ]  # fmt: skip
 

@@ -45,7 +45,7 @@ def test_words_of_any_script(text, words):
     assert split_words(text) == words
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(string.printable), st.booleans())
 def test_words_of_ascii_are_those_of_rouge_score(text, use_stemmer):
     assert UnicodeTokenizer(use_stemmer).tokenize(text) == DefaultTokenizer(use_stemmer).tokenize(text)
@@ -54,7 +54,7 @@ def test_words_of_ascii_are_those_of_rouge_score(text, use_stemmer):
 ADVERSARIAL = st.text(st.sampled_from("aAbé5٣中ßİK\u0301\u200d\n\t .#'-_"), max_size=30)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(ADVERSARIAL, ADVERSARIAL), min_size=1, max_size=10), st.booleans())
 def test_default_scores_are_those_of_rouge_score_to_the_last_digit(pairs, use_stemmer):
     scorer = RougeScorer(METRICS, use_stemmer=use_stemmer)
