@@ -362,7 +362,11 @@ LABEL_FAULTS = """() => [...document.querySelectorAll(".chart svg")].flatMap((sv
   const colliding = labels.flatMap(([text, a], index) => labels.slice(index + 1)
     .filter(([, b]) => a.left < b.right + 2 && b.left < a.right + 2 && a.top < b.bottom && b.top < a.bottom)
     .map(([other]) => `${chart}: ${text} on ${other}`));
-  return [...outside, ...colliding];
+  const numbers = labels.filter(([text, box]) => /^[−\\d.,kM]+$/.test(text) && box.top > frame.bottom - 52);
+  const middles = numbers.map(([, box]) => (box.left + box.right) / 2).sort((a, b) => a - b);
+  const gaps = middles.slice(1).map((middle, index) => middle - middles[index]);
+  const uneven = chart !== "by_length" && Math.max(...gaps) - Math.min(...gaps) > 2 ? [`${chart}: uneven`] : [];
+  return [...outside, ...colliding, ...uneven];
 })"""
 DRAWN = """() => [...document.querySelectorAll(".chart")].filter((chart) => chart.clientWidth).every((chart) => {
   const svg = chart.querySelector("svg");
