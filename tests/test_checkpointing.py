@@ -742,7 +742,7 @@ def test_the_best_by_rouge(paths, tmp_path, monkeypatch):
     """The highest, of summaries of all nine rows and their real references."""
     scored, values = [], iter([0.1, 0.2, 0.4, 0.3])
 
-    def score_texts(predictions, references, use_stemmer):
+    def score_texts(predictions, references, use_stemmer, tokenizer):
         scored.append((predictions, references))
         return {"rougeL": [[next(values)] for _ in predictions[:1]]}
 

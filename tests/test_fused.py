@@ -97,9 +97,11 @@ def test_what_passes_between_layers_is_bf16_under_autocast_alone():
         seen.clear()
 
 
-def test_an_adapter_computes_in_bf16_under_autocast():
-    """PEFT would cast its input to fp32."""
-    model = get_peft_model(build_t5("gated-gelu").bfloat16(), LoraConfig(target_modules=["q", "v"], lora_dropout=0.1))
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_computes_in_bf16_under_autocast(use_dora):
+    """PEFT would cast its input to fp32, as it does elsewhere; for DoRA, which takes norms in that precision."""
+    lora = LoraConfig(target_modules=["q", "v"], lora_dropout=0.1, use_dora=use_dora)
+    model = get_peft_model(build_t5("gated-gelu").bfloat16(), lora)
     fuse(model)
     adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
     seen = []
@@ -107,7 +109,10 @@ def test_an_adapter_computes_in_bf16_under_autocast():
         adapter.lora_dropout["default"].register_forward_pre_hook(lambda part, given: seen.append(given[0].dtype))
         assert adapter.lora_A["default"].weight.dtype == torch.float32, "which small updates need"
     run(model, padded=True, autocast=True)
-    assert seen == [torch.bfloat16] * len(adapters) and adapters
+    assert seen == [torch.float32 if use_dora else torch.bfloat16] * len(adapters) and adapters
+    seen.clear()
+    model.eval()(input_ids=torch.ones(1, 2, dtype=torch.long), decoder_input_ids=torch.ones(1, 2, dtype=torch.long))
+    assert seen == [torch.float32] * len(adapters), "outside autocast its own weights are fp32"
 
 
 def test_weights_are_cast_once_an_update():

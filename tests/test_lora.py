@@ -319,6 +319,14 @@ def test_four_bits_are_refused_where_they_cannot_be(flan_t5, data_files, tmp_pat
         LoraTrainingConfig(loraplus_lr_ratio=0.5)
 
 
+def test_rouge_while_training_in_bf16(data_files, tmp_path):
+    """Summaries are made outside the forward that Accelerate puts under autocast."""
+    model = write_flan_t5(tmp_path / "model")
+    settings = {"max_train_steps": 1, "mixed_precision": "bf16", "metric_for_best_model": "rouge1"}
+    metrics = train(model, data_files, tmp_path / "out", **settings)
+    assert metrics["validation"][-1]["rouge1"] >= 0
+
+
 def test_four_bits(data_files, tmp_path, monkeypatch):
     """All but the GPU: bitsandbytes computes on a CPU too, in multiples of 64."""
     pytest.importorskip("bitsandbytes", reason="the optional package of requirements-4bit.txt is not installed")

@@ -206,7 +206,8 @@ def test_resumes_under_another_strategy(inputs, runs, tmp_path, first, second, k
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("one process", "deepspeed_zero2"),
+        ("one process", "ddp"),
+        ("ddp", "deepspeed_zero2"),
         ("deepspeed_zero2", "deepspeed_zero3"),
         ("deepspeed_zero3", "fsdp2"),
         ("fsdp2", "one process"),

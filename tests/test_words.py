@@ -104,10 +104,10 @@ def test_unknown_characters(flan_t5):
     assert describe_unknown(tokenizer, ["Hi."] * 101, ["Hi."] * 100 + ["中\n"]) == [], "not worth a line"
     dialogues, summaries = describe_unknown(tokenizer, ["Hi 中you文.", "Hi."], ["Hi.", "中"])
     assert dialogues == (
-        "a model cannot read 18.18% of the characters of the dialogues, in 50.0% of them, since the tokenizer has no "
-        "token for them: 中 1, 文 1"
+        "the tokenizer has no token for 18.18% of the characters of the dialogues (in 50.0% of them), so a model "
+        "cannot read them: 中 1, 文 1"
     )
-    assert "cannot write 25.00% of the characters of the summaries, in 50.0% of them" in summaries
+    assert "for 25.00% of the characters of the summaries (in 50.0% of them), so a model cannot write" in summaries
 
 
 @pytest.mark.skipif(not T5_TOKENIZER.is_dir(), reason="T5's tokenizer is not beside the project")
@@ -131,7 +131,7 @@ def test_what_a_training_and_an_evaluation_say(flan_t5, tmp_path, caplog):
     train_in_process(train_full, TrainingConfig, flan_t5, files, tmp_path / "out", max_train_steps=1)
     told = [record for record in caplog.records if "cannot write" in record.getMessage()]
     assert [record.getMessage().split(":")[0] for record in told] == ["train", "validation"]
-    assert all("in 50.0% of them, since the tokenizer has no token for them: 中 4" in r.getMessage() for r in told)
+    assert all("(in 50.0% of them), so a model cannot write them: 中 4" in r.getMessage() for r in told)
 
     caplog.clear()
     AcceleratorState._reset_state(True)

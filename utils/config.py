@@ -85,7 +85,7 @@ class RougeConfig(Config):
     _argument_group_name = "ROUGE"
 
     rouge_tokenizer: Literal["default", "unicode"] = setting(
-        "default", "what a word is: default, rouge_score's, of a to z and digits; unicode, of any script"
+        "default", "how ROUGE splits words: default is rouge_score's, a to z and digits; unicode takes any script"
     )
 
 
@@ -200,7 +200,7 @@ class CheckpointConfig(Config):
     max_time: str | None = setting(None, "HH:MM:SS: write a checkpoint and stop with exit code 75 after that long")
     preflight: bool = setting(False, "load no weights, say what the run would need and whether it can start, and end")
     assume_memory: str | None = setting(
-        None, "with --preflight: what a GPU of so much memory would take, such as 16GB, instead of this machine"
+        None, "with --preflight: estimate for a GPU of this much memory, such as 16GB, instead of for this machine"
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
         "none", "tracker, beside metrics.jsonl"
@@ -321,7 +321,9 @@ class ScoringConfig(Config):
     example_index: int = setting(42, "row of the split to print with every model's summary")
     use_stemmer: bool = setting(False, "ROUGE on Porter stems, as papers and run_summarization do")
     rouge_newline: bool = setting(False, "a line for each sentence before scoring: rougeLsum takes a line for one")
-    bertscore: str | None = setting(None, "encoder, hub name or folder, for BERTScore too: requirements-bertscore.txt")
+    bertscore: str | None = setting(
+        None, "also score by BERTScore with this encoder, hub name or folder: requirements-bertscore.txt"
+    )
     bertscore_num_layers: int | None = setting(
         None,
         "layer whose embeddings BERTScore compares; by default the one that bert_score has for the encoder's name",

@@ -45,8 +45,8 @@ def describe_unknown(tokenizer: PreTrainedTokenizerBase, dialogues: list[str], s
         if found["share_of_texts"] >= LEAST_SHARE:
             named = ", ".join(f"{character} {number:,}" for character, number in found["commonest"])
             lines.append(
-                f"a model cannot {can} {found['share_of_characters']:.2%} of the characters of the {kind}, in "
-                f"{found['share_of_texts']:.1%} of them, since the tokenizer has no token for them: {named}"
+                f"the tokenizer has no token for {found['share_of_characters']:.2%} of the characters of the {kind} "
+                f"(in {found['share_of_texts']:.1%} of them), so a model cannot {can} them: {named}"
             )
     share = sum("\n" in text for text in summaries) / max(1, len(summaries))
     if share >= LEAST_SHARE and not keeps_line_ends(tokenizer):

@@ -35,7 +35,7 @@ def decode_batch(
     """The new tokens of each prompt, and whether they were cut at max_new_tokens; the longest prompt first."""
     mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], batch_first=True)
     mask = mask.to(model.device)
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         decoded = decode_with_prefix(model, prompts, mask, config)
         return [(ids, is_truncated(model, ids, config.max_new_tokens)) for ids in decoded]
     encoded = encode(model, prompts)
@@ -54,8 +54,8 @@ def decode_batch(
 def decode_with_prefix(
     model: PeftModel, prompts: list[list[int]], mask: torch.Tensor, config: DecodingConfig
 ) -> list[list[int]]:
-    """Of prompt or prefix tuning, whose learned prefix PEFT's generate() alone puts in; it is no faster for texts that
-    have ended."""
+    """For prompt or prefix tuning: only PEFT's generate() inserts the learned prefix. Texts that have ended stay
+    in the batch."""
     input_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, model.config.pad_token_id)
     output = model.generate(
         input_ids=input_ids.to(model.device), attention_mask=mask, max_new_tokens=config.max_new_tokens,

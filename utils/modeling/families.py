@@ -26,7 +26,7 @@ def use_whole_attention(config: PretrainedConfig):
 
 
 def log_attention(model: PreTrainedModel, wanted: str):
-    """To be called once no mistake of the user's can follow: it would not be alone in the log."""
+    """Call this after all checks of the user's input, so that an error stays the only line in the log."""
     if model.config._attn_implementation != wanted:
         full = " and full, not sparse" * (getattr(model.config, "attention_type", None) == "original_full")
         logger.info("attention is eager%s: %s has no %s", full, model.config.model_type, wanted)
@@ -47,7 +47,7 @@ def check_trainable(model: PreTrainedModel | PeftModel, where: str):
         where: what to say before the mistake.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise UserError(f"{where}: holds a learned prefix, which cannot be trained on; name its base")
+        raise UserError(f"{where}: holds a learned prefix, which cannot be trained further; give its base model")
     if getattr(model.config, "ngram", None):  # ProphetNet's
         raise UserError(f"{where}: its loss predicts several tokens at once and changes with the padding of targets")
     if getattr(model.config, "output_router_logits", False):

@@ -30,8 +30,12 @@ def fuse(model: PreTrainedModel):
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
                 setattr(module, name, GELUTanh())
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
+        if isinstance(module, LoraLayer) and not module.lora_variant:  # DoRA takes norms in the input's dtype
+            module._cast_input_dtype = cast_unless_autocast
+
+
+def cast_unless_autocast(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return states if torch.is_autocast_enabled(states.device.type) else states.to(dtype)
 
 
 class FusedT5Stack(T5Stack):
@@ -46,7 +50,9 @@ class FusedT5Stack(T5Stack):
 class FusedT5LayerNorm(T5LayerNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(hidden_states.dtype)
-        return functional.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.variance_epsilon)
+        # CUDA's autocast would cast the input to fp32, and keep it for the backward pass.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return functional.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.variance_epsilon)
 
 
 class FusedT5DenseGatedActDense(T5DenseGatedActDense):

@@ -172,7 +172,8 @@ def check_shared(model: PeftModel, where: str):
         base_layer = getattr(module, "base_layer", None)
         if base_layer is not None and any(uses[id(parameter)] > 1 for parameter in base_layer.parameters()):
             name = name.removeprefix("base_model.model.")
-            raise UserError(f"{where}: it adapts {name}, whose weights other layers have too: it cannot be merged")
+            shared = f"it adapts {name}, which shares its weights with other layers"
+            raise UserError(f"{where}: {shared}, so it cannot be merged")
 
 
 def untie_head(model: PreTrainedModel, name_or_path: str, setting: str):

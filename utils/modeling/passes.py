@@ -19,15 +19,16 @@ def allow_unused_weights(accelerator: Accelerator, model: torch.nn.Module):
     goes to, or of what reads images. To be called before `prepare`."""
     if not accelerator.distributed_type.value.startswith("MULTI_"):
         return
-    if getattr(model.config, "num_experts", 0) > 1 or find_unused(model):
+    if getattr(model.config, "num_experts", 0) > 1 or find_unused(accelerator, model):
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
-def find_unused(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def find_unused(accelerator: Accelerator, model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trained weights that the logits do not depend on."""
     token = torch.full((1, 1), model.config.decoder_start_token_id, device=model.device)
     was_training = model.training
-    logits = model.eval()(input_ids=token, decoder_input_ids=token, use_cache=False).logits
+    with accelerator.autocast():
+        logits = model.eval()(input_ids=token, decoder_input_ids=token, use_cache=False).logits
     model.train(was_training)
     used, seen, ahead = set(), set(), [logits.grad_fn]
     while ahead:  # through the graph, to the weights that it starts from
@@ -55,7 +56,8 @@ def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> 
 
 def cast_weights_once(accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
     """Around the micro-batches of an update: autocast keeps what it has cast until its outermost block ends. Sharded
-    weights are whole for a moment only, and their copies would not be."""
+    weights are whole for a moment only, and their copies would not be. On a GPU gradient checkpointing clears the
+    copies, since it recomputes layers in another thread."""
     return contextlib.nullcontext() if is_sharded(accelerator) else accelerator.autocast()
 
 

@@ -57,6 +57,8 @@ def load_encoder(config: EvaluationConfig) -> Encoder:
     check_folder(name, "bertscore")
     with explain_hub_errors("bertscore", name, "encoder"):
         settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if not isinstance(getattr(settings, "num_hidden_layers", None), int):
+        raise UserError(f"--bertscore {name}: {settings.model_type} is not a text encoder")
     settings.num_hidden_layers = num_layers = choose_layer(config, settings)
     tokenizer = load_tokenizer(name, "bertscore", add_prefix_space=True)
     with explain_hub_errors("bertscore", name, "encoder"):
