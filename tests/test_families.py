@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, make_rows, relative_difference
-from families import SHAPES, decode_here_and_there, find_targets, write_family
+from families import NUM_TOKENS, SHAPES, decode_here_and_there, find_targets, write_family
 from gradient_worker import main as save_gradient
 from helpers import train_in_process
 from transformers import (
@@ -22,10 +22,13 @@ from transformers import (
 import train_full
 import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.data.batching import collate
+from utils.data.prefetch import move_batch
 from utils.modeling.families import check_trainable, has_tied_head
 from utils.modeling.loading import load_model
 from utils.modeling.passes import find_unused
 from utils.prompting import build_prompt
+from utils.training.step import compute_target_logits
 
 FAMILIES = {config_class.model_type for config_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING}
 README = (REPOSITORY / "utils" / "README.md").read_text(encoding="utf-8")
@@ -129,6 +132,17 @@ def test_the_table_has_every_family():
     table = README.partition("| family |")[2].partition("\n\n")[0]
     rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
     assert rows == sorted(SHAPES) and SHAPES.keys() <= FAMILIES
+
+
+def test_an_empty_micro_batch(tmp_path):
+    """What a process gets that has no example in a turn. mBART turns each target by its end, and there is none."""
+    for family in ("mbart", "t5"):
+        model = load_model(str(write_family(tmp_path / family, family)), "sdpa", torch.float32)
+        batch = move_batch(collate({"input_ids": [], "labels": []}, 0), model, torch.device("cpu"))
+        logits = compute_target_logits(Accelerator(cpu=True), model, batch)
+        assert logits.shape == (0, NUM_TOKENS)
+        logits.sum().backward()
+        assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_weights_that_no_target_depends_on(tmp_path):
