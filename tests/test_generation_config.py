@@ -14,6 +14,7 @@ from families import NUM_TOKENS, decode_here_and_there, write_family
 from transformers import AutoTokenizer
 
 from utils.config import EvaluationConfig, UserError
+from utils.generation.decoding import decode_batch
 from utils.generation.summaries import generate_summaries
 from utils.modeling.loading import load_model
 
@@ -116,6 +117,21 @@ def test_a_value_that_cannot_be_meant(steep, tmp_path, name, value, words):
     with pytest.raises(UserError) as error:
         load_model(str(folder), "sdpa", torch.float32, "model")
     assert str(error.value) == f"--model {folder}: {FILE}: {name} {words}"
+
+
+def test_settings_that_contradict_each_other(steep, tmp_path):
+    folder = give(steep, tmp_path / "own", forced_eos_token_id=7, suppress_tokens=[7])
+    with pytest.raises(UserError, match=f"^--model {folder}: {FILE}: .*.*`suppress_tokens`[^\\n]*$"):
+        load_model(str(folder), "sdpa", torch.float32, "model")
+
+
+def test_a_text_of_nothing_but_ends(steep, tmp_path):
+    """With beams generate() itself fails on it."""
+    folder = give(steep, tmp_path / "own", eos_token_id=list(range(NUM_TOKENS)))
+    model = load_model(str(folder), "sdpa", torch.float32).eval()
+    for num_beams in (1, 3):
+        ((ids, truncated),) = decode_batch(model, [[5, 6, 1]], EvaluationConfig(num_beams=num_beams))
+        assert len(ids) == 1 and not truncated
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"a":' * 10_000])

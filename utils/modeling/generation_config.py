@@ -110,7 +110,10 @@ def set_own_rules(model: PreTrainedModel, settings: dict[str, Any] | None, where
         kept["repetition_penalty"] = float(kept["repetition_penalty"])  # for transformers 2 is no number
     if "sequence_bias" in kept:
         kept["sequence_bias"] = [[tokens, float(bias)] for tokens, bias in kept["sequence_bias"]]
-    model.generation_config, model.unused_settings = GenerationConfig(**kept), sorted(unused)
+    try:
+        model.generation_config, model.unused_settings = GenerationConfig(**kept), sorted(unused)
+    except ValueError as error:  # two that contradict each other
+        raise UserError(f"{where}: {file}: {' '.join(str(error).split())}") from error
     settle_tokens(model, where)
 
 
