@@ -1,12 +1,12 @@
-"""Measure everything that is claimed of a GPU, in under 8 minutes on one, without a network: speed and memory of
-training by micro-batch size, beside Seq2SeqTrainer's, launches, generation, preflight's estimate, the same bits.
+"""Measure on a GPU, without a network, what the READMEs claim of one: speed and memory of training by micro-batch
+size, beside Seq2SeqTrainer's, launches, generation, preflight's estimate, the same bits. Not yet run on a GPU.
 
     python tests/benchmarks/gpu.py OUTPUT_DIR                                   # flan-t5-base's shape, random weights
     python tests/benchmarks/gpu.py OUTPUT_DIR --shape tiny --updates 2          # whether it runs, on a CPU
     python tests/benchmarks/gpu.py OUTPUT_DIR --parts full_64 generate_bf16     # some parts alone
 
-Each part is a process of its own with a time limit, and adds a line to OUTPUT_DIR/gpu.jsonl as it ends. A part whose
-package is not installed, or that fails, says so in its line. Rows have DialogSum's lengths and no sense.
+Each part is a process of its own, may take 90 s, and adds a line to OUTPUT_DIR/gpu.jsonl as it ends. A part whose
+package is not installed, or that fails, says so in its line. Rows have DialogSum's lengths and random words.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -110,21 +111,25 @@ def run_part(name: str, words: list[str], folder: Path) -> dict:
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         return {"part": name, "left_out": "deepspeed is not installed"}
     started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        run = subprocess.run(
-            [sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        output, errors = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it has started, which would keep the GPU
+        process.communicate()
         return {"part": name, "left_out": f"not done within {SECONDS} s"}
     result = {"part": name, "seconds": time.perf_counter() - started}
-    if run.returncode:
-        return result | {"left_out": (run.stderr.strip().splitlines() or ["no output"])[-1][-300:]}
+    if process.returncode:
+        return result | {"left_out": (errors.strip().splitlines() or ["no output"])[-1][-300:]}
     if name.startswith("preflight"):
-        number, unit = re.search(r"gradient being computed, the sum +([\d.,]+) (GB|MB)", run.stdout).groups()
+        number, unit = re.search(r"gradient being computed, the sum +([\d.,]+) (GB|MB)", output).groups()
         return result | {"estimated_bytes": float(number.replace(",", "")) * {"GB": 1e9, "MB": 1e6}[unit]}
     if "--output_dir" in words:
         return result | read_training(folder / name)
-    return result | json.loads(run.stdout.splitlines()[-1])
+    return result | json.loads(output.splitlines()[-1])
 
 
 def read_training(folder: Path) -> dict:
@@ -218,11 +223,13 @@ def main():
         figures = profile(folder) if arguments.part == "profile" else generate(folder, arguments.part)
         sys.stdout.write("\n" + json.dumps(figures) + "\n")
         return
+    is_trial = arguments.shape == "tiny"
+    parts = build_parts(folder, 16 if is_trial else TOTAL, arguments.updates)
+    if unknown := set(arguments.parts or ()) - parts.keys():
+        parser.error(f"no part {min(unknown)}: {', '.join(parts)}")
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model", arguments.shape)
-    is_trial = arguments.shape == "tiny"
     write_rows(folder / "rows.jsonl", 64 if is_trial else NUM_ROWS, 0.1 if is_trial else 1)
-    parts = build_parts(folder, 16 if is_trial else TOTAL, arguments.updates)
     for name in arguments.parts or parts:
         result = run_part(name, parts[name], folder)
         with (folder / "gpu.jsonl").open("a", encoding="utf-8") as file:

@@ -84,7 +84,7 @@ def manifest_path(config: SummaryConfig) -> Path:
 
 
 def read_manifest(config: SummaryConfig, same_settings: bool = True) -> dict[str, Any] | None:
-    """What the same command, by its settings, has noted of its output, or any command; None if there is nothing."""
+    """The manifest of this output; None if there is none, or if `same_settings` and it is from others."""
     try:
         manifest = json.loads(manifest_path(config).read_bytes())
         return manifest if has_settings(manifest, config) or not same_settings else None

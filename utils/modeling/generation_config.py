@@ -1,5 +1,5 @@
-"""A model's own rules of decoding, from its generation_config.json, which anybody may have written: checked, and those
-that our decoding does not follow left out."""
+"""A model's decoding settings, read from its generation_config.json. The file may come from anyone, so values are
+checked, and settings that our decoding does not follow are dropped."""
 
 import json
 import logging

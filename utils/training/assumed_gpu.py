@@ -54,7 +54,7 @@ def drop(input, p=0.5, training=True, inplace=False):
 
 
 class RmsNorm(torch.autograd.Function):
-    """Of CUDA's kernel what it keeps; on a CPU the operator falls into parts."""
+    """Saves for the backward pass what the CUDA kernel saves; on a CPU rms_norm is split into several operators."""
 
     @staticmethod
     def forward(ctx, input, weight):
