@@ -340,9 +340,11 @@ def write_page(report, path, names: list[str], lowest: float = 0, highest: float
     curves = {"train": [[step, 10 / step] for step in points], "validation": [[0, 11.0], [num_updates, 0.5]]}
     for model in models.values():
         model |= {"training": TRAINING | {"curves": curves}, "diagnostics": results["references"]}
+        model["unsupported"] = results["references"]["unsupported"]
     lines = [
         {"id": f"test_{index}", "model": name, "prediction": "word " * rng.randint(1, 60), "dialogue": dialogue}
         | {"references": ["word " * 9], "scores": {metric: scores[name][metric][index] for metric in METRICS}}
+        | {"unsupported": {"numbers": [], "names": [], "other_script": False}}
         for name in names
         for index, dialogue in enumerate(dialogues)
     ]
@@ -520,7 +522,7 @@ def test_without_javascript(report, open_page, tmp_path):
     page.get_by_text("All differences as numbers").click()
     for table in (0, 1, 2):
         assert page.locator("main table:not(#table)").nth(table).is_visible()
-    assert page.locator("main table:not(#table) tbody tr").count() == 9 + 9 + 4
+    assert page.locator("main table:not(#table) tbody tr").count() == 9 + 9 + 4 + 4
     assert HOSTILE in page.locator("dl").first.inner_text(), "the sample"
     for name in ("#choice", "#browse", "#table", "#to_sample", ".chart >> nth=0", "figcaption >> nth=0", ".skip"):
         assert page.locator(name).is_hidden(), name
@@ -542,7 +544,7 @@ def test_a_wide_table_says_that_it_scrolls(report, open_page):
         found = hints.evaluate_all(
             "all => all.map(({ hidden, nextElementSibling: box }) => [hidden, box.scrollWidth > box.clientWidth])"
         )
-        assert len(found) == 5 and all(is_hidden != scrolls for is_hidden, scrolls in found), found
+        assert len(found) == 6 and all(is_hidden != scrolls for is_hidden, scrolls in found), found
     assert "scrolls sideways" in hints.first.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     title = page.locator("caption span").first.bounding_box()
