@@ -183,7 +183,7 @@ def test_mistakes(model, tmp_path, monkeypatch, mistake):
         Path(name).touch()
     for name in ("dir.csv", "y.csv.part"):
         Path(name).mkdir()
-    write_rows(Path("x.csv.manifest.json"), [{"mine": 1}])
+    write_rows(Path("x.csv.manifest.json"), [{"mine": 1, "settings": {}}])
     write_rows(Path("z.jsonl.manifest.json"), [{"dialogue": "Hi."}])
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     settings, message = MISTAKES[mistake]

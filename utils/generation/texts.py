@@ -87,6 +87,8 @@ def read_manifest(config: SummaryConfig, same_settings: bool = True) -> dict[str
     """The manifest of this output; None if there is none, or if `same_settings` and it is from others."""
     try:
         manifest = json.loads(manifest_path(config).read_bytes())
+        if not manifest.keys() >= {"input", "output", "model_hash", "settings"}:
+            return None  # a file of somebody else's
         return manifest if has_settings(manifest, config) or not same_settings else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
