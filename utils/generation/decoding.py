@@ -43,8 +43,7 @@ def decode_batch(
         decoded = model.generate(
             encoder_outputs=encoded, attention_mask=mask, max_new_tokens=config.max_new_tokens, do_sample=False,
             num_beams=config.num_beams, length_penalty=config.length_penalty, use_cache=True,
-            custom_generate=search_beams,
-            **choose_limits(model, config),
+            custom_generate=search_beams, **choose_limits(model, config),
         )  # fmt: skip
     else:
         decoded = decode_in_rounds(model, encoded, mask, config)
@@ -140,7 +139,7 @@ def decode_in_rounds(
     while running:
         output = model.generate(
             encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids,
-             decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
+            decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
             max_new_tokens=max_new_tokens + 1 - ids.shape[1], stopping_criteria=[enough_ended],
             do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True,
             **choose_limits(model, config) | count_from_here(model, config, ids.shape[1] - 1),
