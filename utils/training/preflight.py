@@ -16,12 +16,13 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import measure_lengths, plan_pass, plan_steps
 from utils.data.micro_batches import launch_cost_on
 from utils.launch.output_dir import find_existing, find_run_files
+from utils.launch.processes import call_on_main
 from utils.modeling.loading import count_parameters
 from utils.modeling.shapes import is_at_hand
 from utils.modeling.strategies import name_strategy
@@ -47,33 +48,31 @@ def report_preflight(
     if config.per_device_train_batch_size == "auto":
         config = estimate_batch_size(accelerator, model, lengths, config, free)
     micro_batches = plan_first_steps(accelerator, config, lengths, run["num_train_steps"])
-    problem = None
-    if accelerator.is_main_process:
-        try:
-            num_examples, num_steps = min(config.total_train_batch_size, len(train_data)), run["num_train_steps"]
-            lines = describe_start(accelerator, config, model, run)
-            lines += describe_data(config, {"train": train_data, "validation": validation_data})
-            lines += describe_plan(config, micro_batches, num_examples, num_steps)
-            memory_lines, needed = describe_memory(
-                accelerator, config, model, micro_batches, validation_data, num_steps, free
+
+    def report():
+        num_examples, num_steps = min(config.total_train_batch_size, len(train_data)), run["num_train_steps"]
+        lines = describe_start(accelerator, config, model, run)
+        lines += describe_data(config, {"train": train_data, "validation": validation_data})
+        lines += describe_plan(config, micro_batches, num_examples, num_steps)
+        memory_lines, needed = describe_memory(
+            accelerator, config, model, micro_batches, validation_data, num_steps, free
+        )
+        disk_lines, problem = describe_disk(config, model, validation_data, num_steps)
+        if needed > free:
+            problem = (
+                f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} are "
+                "free for each; lower --per_device_train_batch_size, set --gradient_checkpointing, or see "
+                "accelerate_configs/ for sharding"
             )
-            disk_lines, problem = describe_disk(config, model, validation_data, num_steps)
-            if needed > free:
-                problem = (
-                    f"out of memory: a process is estimated to need {format_bytes(needed)}, and {format_bytes(free)} "
-                    "are free for each; lower --per_device_train_batch_size, set "
-                    "--gradient_checkpointing, or see accelerate_configs/ for sharding"
-                )
-            verdict = "it cannot start: see the error" if problem else "it can start"
-            lines += [*memory_lines, *disk_lines, "", f"verdict     {verdict}"]
-            sys.stdout.write("\n".join(lines) + "\n")
-            sys.stdout.flush()
-        except UserError as error:
-            problem = str(error)
-    (problem,) = broadcast_object_list([problem])
-    accelerator.wait_for_everyone()  # the launcher ends all when one process fails
-    if problem:
-        raise UserError(problem)
+        verdict = "it cannot start: see the error" if problem else "it can start"
+        lines += [*memory_lines, *disk_lines, "", f"verdict     {verdict}"]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+        if problem:
+            raise UserError(problem)
+
+    call_on_main(accelerator, report)
+    accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 
 
 def plan_first_steps(
