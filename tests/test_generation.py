@@ -17,9 +17,11 @@ from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, make_rows, read_jsonl, run_script, write_rows
 from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import evaluate_rouge
 import utils.files
+import utils.generation.decoding as decoding
 import utils.scoring.report
 from utils.config import EvaluationConfig, UserError
 from utils.data.micro_batches import deal
@@ -94,22 +96,32 @@ def test_texts_that_have_ended_cost_nothing(unsure_model):
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(2, 0.0), (3, 1.0), (5, -1.0), (5, 2.0)])
 @pytest.mark.parametrize("generation_settings", [{}, {"eos_token_id": [1, 5], "no_repeat_ngram_size": 2}])
 def test_beam_search_is_that_of_transformers(
-    unsure_model, early_stopping, num_beams, length_penalty, generation_settings
+    unsure_model, monkeypatch, early_stopping, num_beams, length_penalty, generation_settings
 ):
     """Its texts, though prompts leave the batch, and hardly more computed than with each prompt in a batch of its own,
-    whose search ends when it is over; the encoder sees a prompt once, and not once for each beam."""
+    whose search ends when it is over; what a prompt's beams have in common is computed and kept once."""
     model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
     model.generation_config.update(early_stopping=early_stopping, **generation_settings)
     prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[::-1]]).input_ids
     num_computed, num_encoded = count_computed(model)
     settings = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 20}
-    decoded = decode_batch(model, prompts, EvaluationConfig(**settings))
+    attended = []  # rows of queries and of keys, and queries in a row
+
+    def attend(module, query, key, *arguments, **kwargs):
+        attended.append((len(query), len(key), query.shape[2]))
+        return sdpa_attention_forward(module, query, key, *arguments, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "sdpa_attention_forward", attend)
+        decoded = decode_batch(model, prompts, EvaluationConfig(**settings))
+    assert (len(prompts), len(prompts), num_beams) in attended
     num_tokens = sum(num_computed)
     assert sum(num_encoded) == len(prompts)
     num_computed.clear()
     alone = [model.generate(torch.tensor([ids]), do_sample=False, **settings)[0, 1:].tolist() for ids in prompts]
     assert [ids for ids, _ in decoded] == alone
-    assert sum(num_computed) <= num_tokens < 1.1 * sum(num_computed)
+    first_tokens = (num_beams - 1) * len(prompts)
+    assert sum(num_computed) - first_tokens <= num_tokens < 1.1 * sum(num_computed)
 
 
 @pytest.mark.slow
@@ -138,23 +150,29 @@ def test_a_repeated_dialogue_is_generated_once(flan_t5, monkeypatch):
 
 def test_batches_are_bounded_by_tokens_and_hold_each_prompt_once():
     lengths = [*range(20, 1020, 2), 1000]
-    for size, num_beams in itertools.product((4, 32), (1, 4)):
+    for size, num_beams, shared in itertools.product((4, 32), (1, 4), (False, True)):
         config = EvaluationConfig(per_device_eval_batch_size=size, num_beams=num_beams, max_new_tokens=24)
-        batches = cut_batches(lengths, config, CPU)
+        batches = cut_batches(lengths, config, CPU, shared=shared)
         assert sorted(itertools.chain(*batches)) == list(range(501))
         longest = [max(lengths[index] for index in batch) for batch in batches]
         assert longest == sorted(longest, reverse=True)
-        tokens = [num_beams * len(batch) * (top + 24) for batch, top in zip(batches, longest, strict=True)]
-        assert max(tokens) <= max(size, num_beams) * (1018 + 24)
+        num_copies = 1 if shared else num_beams
+        per_prompt = [num_copies * top + num_beams * 24 for top in longest]
+        tokens = [len(batch) * cached for batch, cached in zip(batches, per_prompt, strict=True)]
+        assert max(tokens) <= max(size * (1018 + 24), per_prompt[0])
     assert len(cut_batches(lengths[:20], EvaluationConfig(), CPU)) == 1  # few prompts are not torn apart
 
 
 def test_batches_on_a_gpu_are_as_large_as_memory_allows():
     lengths, gpu = [*range(20, 1020, 2)], torch.device("cuda")
     assert len(cut_batches(lengths, EvaluationConfig(max_new_tokens=24), gpu, 10**6)) == 1
-    for num_beams in (1, 4):
-        batches = cut_batches(lengths, EvaluationConfig(max_new_tokens=24, num_beams=num_beams), gpu, 100_000)
-        tokens = [num_beams * len(batch) * (max(lengths[index] for index in batch) + 24) for batch in batches]
+    for num_beams, num_copies in ((1, 1), (4, 4), (4, 1)):
+        config = EvaluationConfig(max_new_tokens=24, num_beams=num_beams)
+        batches = cut_batches(lengths, config, gpu, 100_000, shared=num_copies < num_beams)
+        longest = [max(lengths[index] for index in batch) for batch in batches]
+        tokens = [
+            len(batch) * (num_copies * top + num_beams * 24) for batch, top in zip(batches, longest, strict=True)
+        ]
         assert all(80_000 < num_tokens <= 100_000 for num_tokens in tokens[:-1]) and tokens[-1] <= 100_000
 
 

@@ -7,15 +7,18 @@ from peft import PeftModel
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AttentionInterface,
     EncoderDecoderCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.config import DecodingConfig, EvaluationConfig
+from utils.modeling.families import takes_whole_mask
 
 # Padded tokens that the encoder takes at once: enough to keep a device busy, and few enough that little is padding.
 # The CPU's was measured.
@@ -85,8 +88,8 @@ def count_from_here(model: PreTrainedModel, config: DecodingConfig, num_done: in
 
 
 def count_cached_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int | None:
-    """How many tokens, of prompts and new ones, of all beams, CACHE_SHARE of the GPU's memory holds; None on a CPU, or
-    where the user has said how many prompts are to be taken."""
+    """How many tokens, of prompts and new ones, CACHE_SHARE of the GPU's memory holds; None on a CPU, or where the
+    user has said how many prompts are to be taken."""
     if model.device.type != "cuda" or config.per_device_eval_batch_size != "auto":
         return None
     return int(
@@ -152,8 +155,39 @@ def decode_in_rounds(
         running = [running[row] for row in rows.tolist()]
         if running:
             ids = ids[rows]
-            encoded, mask = keep_rows(rows, encoded, mask, cache)
+            encoded, mask = keep_rows(rows, rows, encoded, mask, cache)
     return decoded
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa attention, where the beams of a prompt may share its keys and values. It takes that one's
+    place in all models.
+
+    Args:
+        query: (beams, heads, tokens, width). key, value: (beams or prompts, heads, keys, width).
+        attention_mask: (beams or prompts, 1, 1, keys) if the keys are shared.
+    """
+    num_beams = len(query) // len(key)
+    if num_beams == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    together = query.unflatten(0, (-1, num_beams)).transpose(1, 2).flatten(2, 3)  # a prompt's beams are one's tokens
+    attended, _ = sdpa_attention_forward(module, together, key, value, attention_mask, **kwargs)
+    return attended.unflatten(1, (num_beams, -1)).flatten(0, 1), None  # (beams, tokens, heads, width)
+
+
+AttentionInterface.register("sdpa", attend)
+
+
+def beams_share(model: PreTrainedModel) -> bool:
+    """Whether one row of keys and values in the cross-attention can serve all beams of a prompt."""
+    return takes_whole_mask(model)
 
 
 def search_beams(
@@ -165,14 +199,15 @@ def search_beams(
     **model_kwargs,
 ) -> list[list[int]]:
     """The best text of each prompt. It is generate()'s own beam search, step for step, but for two things: prompts
-    whose search has ended leave the batch, and the cross attention's cache, which is the same for all beams of a
-    prompt, is not copied at each step.
+    whose search has ended leave the batch, and what all beams of a prompt have in common is computed once: the first
+    token, and the cross-attention's keys and values, which are kept once if beams_share.
 
     Args: what generate() gives to its `custom_generate`; a row is one beam of one prompt.
     """
-    encoded, mask = model_kwargs["encoder_outputs"], model_kwargs["attention_mask"]
-    cache = model_kwargs["past_key_values"]
     num_beams, max_length = generation_config.num_beams, generation_config.max_length
+    encoded, mask, cache = (model_kwargs[name] for name in ("encoder_outputs", "attention_mask", "past_key_values"))
+    encoded, mask = select_sources(torch.arange(0, len(input_ids), num_beams), encoded, mask)
+    share = beams_share(model)
     penalty, early_stopping = generation_config.length_penalty, generation_config.early_stopping
     num_prompts, device = len(input_ids) // num_beams, input_ids.device
     # Enough of the likeliest continuations that num_beams of them go on even if all others end.
@@ -188,11 +223,19 @@ def search_beams(
     closed = torch.zeros((num_prompts, 1), dtype=torch.bool, device=device)  # whether a prompt's search has ended
 
     for length in range(1, max_length):
+        last_tokens = ids[:, :, length - 1] if length > 1 else ids[:, :1, 0]
         output = model(
-            encoder_outputs=encoded, attention_mask=mask, past_key_values=cache,
-            decoder_input_ids=ids[:, :, length - 1].reshape(-1, 1), use_cache=True,
+            encoder_outputs=encoded, attention_mask=mask[:, None, None].bool() if share else mask,
+            past_key_values=cache, decoder_input_ids=last_tokens.reshape(-1, 1), use_cache=True,
         )  # fmt: skip
         log_probs = output.logits[:, -1].to(device, torch.float32).log_softmax(dim=-1)
+        if length == 1:
+            log_probs = log_probs.repeat_interleave(num_beams, dim=0)
+            cache.self_attention_cache.batch_repeat_interleave(num_beams)
+            if not share:
+                cache.cross_attention_cache.batch_repeat_interleave(num_beams)
+                beams = torch.arange(num_prompts, device=device).repeat_interleave(num_beams)
+                encoded, mask = select_sources(beams, encoded, mask)
         log_probs = logits_processor(ids[:, :, :length].flatten(0, 1), log_probs)
         sums = (log_probs.view(*totals.shape, -1) + totals[:, :, None]).flatten(1)
         candidate_totals, indices = sums.topk(min(num_candidates, sums.shape[1]))
@@ -224,8 +267,8 @@ def search_beams(
             if not running:
                 break
             ids, totals, texts, scores, closed = (x[rows] for x in (ids, totals, texts, scores, closed))
-            rows = (rows[:, None] * num_beams + torch.arange(num_beams, device=device)).flatten()
-            encoded, mask = keep_rows(rows, encoded, mask, cache)
+            beams = (rows[:, None] * num_beams + torch.arange(num_beams, device=device)).flatten()
+            encoded, mask = keep_rows(beams, rows if share else beams, encoded, mask, cache)
     return decoded
 
 
@@ -235,15 +278,28 @@ def pick(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def keep_rows(
-    rows: torch.Tensor, encoded: BaseModelOutput, mask: torch.Tensor, cache: EncoderDecoderCache
+    texts: torch.Tensor,
+    sources: torch.Tensor,
+    encoded: BaseModelOutput,
+    mask: torch.Tensor,
+    cache: EncoderDecoderCache,
 ) -> tuple[BaseModelOutput, torch.Tensor]:
-    """`encoded` and `mask` of these rows of the batch, as wide as their longest prompt; the cache is changed."""
-    longest = int(mask[rows].sum(dim=1).max())
-    cache.batch_select_indices(rows)
+    """What select_sources returns; the cache is changed: its self-attention keeps the rows of these texts, its
+    cross-attention those of these sources."""
+    encoded, mask = select_sources(sources, encoded, mask)
+    cache.self_attention_cache.batch_select_indices(texts)
+    cache.cross_attention_cache.batch_select_indices(sources)
     for layer in cache.cross_attention_cache.layers:
-        layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
-    hidden = encoded.last_hidden_state[rows, :longest]
-    return type(encoded)(last_hidden_state=hidden), mask[rows, :longest]
+        layer.keys, layer.values = layer.keys[:, :, : mask.shape[1]], layer.values[:, :, : mask.shape[1]]
+    return encoded, mask
+
+
+def select_sources(
+    rows: torch.Tensor, encoded: BaseModelOutput, mask: torch.Tensor
+) -> tuple[BaseModelOutput, torch.Tensor]:
+    """`encoded` and `mask` of these rows of the batch, as wide as their longest prompt."""
+    longest = int(mask[rows].sum(dim=1).max())
+    return type(encoded)(last_hidden_state=encoded.last_hidden_state[rows, :longest]), mask[rows, :longest]
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -17,7 +17,7 @@ from utils.data.micro_batches import deal, micro_batch_cost
 from utils.data.tokens import tokenize_prompts
 from utils.data.unknown import describe_unknown
 from utils.files import hash_value
-from utils.generation.decoding import count_cached_tokens, decode_batch
+from utils.generation.decoding import beams_share, count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
 from utils.modeling.families import log_attention
 from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
@@ -141,7 +141,8 @@ def generate_summaries(
     model = model.to(accelerator.device, DTYPES[config.dtype]).eval()
     token_limits = gather_object([count_cached_tokens(model, config)])
     token_limit = None if None in token_limits else min(token_limits)
-    batches = cut_batches(list(map(len, prompt_ids)), config, accelerator.device, token_limit)
+    shared = beams_share(model)
+    batches = cut_batches(list(map(len, prompt_ids)), config, accelerator.device, token_limit, shared)
     decode = partial(decode_batch, model, config=config)
     summaries = generate_texts(accelerator, decode, tokenizer, prompt_ids, batches, config, name, origin, kept)
     cut = (
@@ -200,15 +201,21 @@ def generate_texts(
 
 
 def cut_batches(
-    lengths: list[int], config: EvaluationConfig, device: torch.device, token_limit: int | None = None
+    lengths: list[int],
+    config: EvaluationConfig,
+    device: torch.device,
+    token_limit: int | None = None,
+    shared: bool = False,
 ) -> list[list[int]]:
     """Indices of the prompts of each batch, longest first. They do not depend on the number of processes, so the texts
     do not either.
 
-    A batch is bounded by the tokens that the model's cache may come to hold, padded sources and new ones, of all
-    beams: at most token_limit, or those of per_device_eval_batch_size prompts of full length. If that allows it there
-    are NUM_BATCHES of about equal cost, for several processes to share, but of no fewer than about MIN_PROMPTS.
+    A batch is bounded by the tokens that the model's cache may come to hold, padded sources and new ones: at most
+    token_limit, or those of per_device_eval_batch_size prompts of full length. Each beam has new tokens of its own,
+    and its own copy of the source's unless they are `shared`. If that allows it there are NUM_BATCHES of about equal
+    cost, for several processes to share, but of no fewer than about MIN_PROMPTS.
     """
+    num_copies = 1 if shared else config.num_beams
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     token_limit = token_limit or config.eval_batch_size * (lengths[longest_first[0]] + config.max_new_tokens)
     costs = {index: estimate_cost([lengths[index]], config) for index in longest_first}
@@ -217,8 +224,8 @@ def cut_batches(
     batches, cost_so_far = [[]], 0
     for index in longest_first:
         batch = batches[-1]
-        longest = lengths[batch[0]] + config.max_new_tokens if batch else 0
-        fits = config.num_beams * (len(batch) + 1) * longest <= token_limit
+        tokens = num_copies * lengths[(batch or [index])[0]] + config.num_beams * config.max_new_tokens
+        fits = (len(batch) + 1) * tokens <= token_limit
         if batch and (not fits or cost_so_far + costs[index] / 2 > len(batches) * share):
             batches.append([])
         batches[-1].append(index)
