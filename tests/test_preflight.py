@@ -295,8 +295,11 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
         ("lora", "bf16", "fsdp2", 1),
     ],
 )
-def test_estimates_are_near_the_measured_peak(large, tmp_path, kind, precision, strategy, size):
+def test_estimates_are_near_the_measured_peak(large, tmp_path, monkeypatch, kind, precision, strategy, size):
     """tests/real_sizes.py tries the other strategies, and a model of real size."""
+    # For the bf16 units of some CPUs oneDNN copies weights into scratch memory and keeps it, 20 MB and more here. That
+    # is left out of the estimate: it is little beside a model of real size.
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     # Two micro-batches an update, so that there is a gradient beside the second's activations; bf16 is slow on a CPU.
     total = size * 2 * (1 if strategy == "one process" else 2)
     batches = ("--per_device_train_batch_size", size, "--total_train_batch_size", total)
