@@ -74,7 +74,7 @@ def choose_limits(model: PreTrainedModel, config: DecodingConfig) -> dict[str, i
     return {name: value for name, value in values.items() if value}
 
 
-def count_from_here(model: PreTrainedModel, config: DecodingConfig, num_done: int) -> dict[str, Any]:
+def shift_limits(model: PreTrainedModel, config: DecodingConfig, num_done: int) -> dict[str, Any]:
     """Settings that generate() counts from where it starts, for a round that goes on with texts of num_done tokens."""
     own, rules = model.generation_config, {}
     if min_new_tokens := choose_limits(model, config).get("min_new_tokens"):
@@ -145,7 +145,7 @@ def decode_in_rounds(
             decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
             max_new_tokens=max_new_tokens + 1 - ids.shape[1], stopping_criteria=[enough_ended],
             do_sample=False, num_beams=1, use_cache=True, return_dict_in_generate=True,
-            **choose_limits(model, config) | count_from_here(model, config, ids.shape[1] - 1),
+            **choose_limits(model, config) | shift_limits(model, config, ids.shape[1] - 1),
         )  # fmt: skip
         ids, cache = output.sequences, output.past_key_values
         ended = has_ended(model, ids) | (ids.shape[1] > max_new_tokens)

@@ -83,7 +83,7 @@ def read_settings(name_or_path: str, where: str) -> dict[str, Any] | None:
     return settings
 
 
-def set_own_rules(model: PreTrainedModel, settings: dict[str, Any] | None, where: str):
+def set_generation_rules(model: PreTrainedModel, settings: dict[str, Any] | None, where: str):
     """Give the model a generation config of those of its own settings that our decoding follows. The names of the
     others are left in `model.unused_settings`. UserError for a value that cannot be meant.
 
@@ -114,10 +114,10 @@ def set_own_rules(model: PreTrainedModel, settings: dict[str, Any] | None, where
         model.generation_config, model.unused_settings = GenerationConfig(**kept), sorted(unused)
     except ValueError as error:  # two that contradict each other
         raise UserError(f"{where}: {file}: {' '.join(str(error).split())}") from error
-    settle_tokens(model, where)
+    fill_in_start_token(model, where)
 
 
-def settle_tokens(model: PreTrainedModel, where: str):
+def fill_in_start_token(model: PreTrainedModel, where: str):
     """Fill in the token that starts a text, where one of the two configs lacks it. UserError where none has it."""
     config, generation_config = model.config, model.generation_config
     # In the order of generate(), which does not look into config.json.

@@ -34,7 +34,7 @@ from utils.modeling.families import (
     share_embedding_module,
     use_whole_attention,
 )
-from utils.modeling.generation_config import read_settings, set_own_rules
+from utils.modeling.generation_config import read_settings, set_generation_rules
 from utils.modeling.shapes import load_shapes
 from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
@@ -101,7 +101,7 @@ def load_model(
             raise UserError(f"{where}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         if is_deepspeed_zero3_enabled():
             untie_head(model, name_or_path, setting)
-        set_own_rules(model, own_rules, where)
+        set_generation_rules(model, own_rules, where)
         if unused := sorted(report.get("unexpected_keys", ())):  # unknown without the weights
             logger.warning("%s: %d of its weights are not used, %s and so on", name_or_path, len(unused), unused[0])
     share_embedding_module(model)
@@ -120,7 +120,7 @@ def load_adapted(
         check_shared(adapted, where)
         adapted = record_head(adapted.merge_and_unload().requires_grad_(True))  # merging leaves the weights frozen
     if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
-        set_own_rules(adapted, read_settings(folder, where), where)
+        set_generation_rules(adapted, read_settings(folder, where), where)
     return adapted
 
 
