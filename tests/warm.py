@@ -13,6 +13,7 @@ a whole process, or a script's parent processes.
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -22,8 +23,11 @@ import socket
 import sys
 
 IMPORTED = (
-    "train_full", "train_lora", "evaluate_rouge", "torch.distributed.run", "accelerate.commands.accelerate_cli",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports lazily, and torch._inductor with it
+    "train_full", "train_lora", "evaluate_rouge", "summarize", "torch.distributed.run",
+    "accelerate.commands.accelerate_cli",
+    # What the libraries and scripts import only when they need it.
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "torch.utils.cpp_extension",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -43,6 +47,14 @@ def run_in_fork():
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
+
+
+def fill_caches():
+    """With what each run would work out anew, and which depends on nothing that it is given."""
+    figure = sys.modules["matplotlib.figure"].Figure()
+    figure.subplots().set_title("fonts")
+    figure.savefig(io.BytesIO())
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("t5")
 
 
 def serve(path: str) -> dict:
@@ -107,5 +119,6 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     for name in IMPORTED:
         importlib.import_module(name)
+    fill_caches()
     del sys.path[0]
     run(**serve(sys.argv[2]))

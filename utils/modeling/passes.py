@@ -40,6 +40,12 @@ def find_unused(accelerator: Accelerator, model: torch.nn.Module) -> list[torch.
     return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in used]
 
 
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DDP's or DeepSpeed's. accelerator.unwrap_model looks through the installed packages each time,
+    which takes a millisecond or two."""
+    return getattr(model, "module", model)
+
+
 @contextlib.contextmanager
 def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
     """Around a micro-batch's forward and backward pass. Whole gradients are exchanged once an update, in its `last`

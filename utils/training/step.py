@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
 from utils.modeling.families import takes_whole_mask
-from utils.modeling.passes import accumulate, backward, cast_weights_once, update_weights
+from utils.modeling.passes import accumulate, backward, cast_weights_once, unwrap, update_weights
 
 
 def train_step(
@@ -106,7 +106,7 @@ def compute_target_logits(
 
     # The vocabulary is 40 times as wide as the model: padding must not reach it. A hook, so that the head stays inside
     # the model's forward, where DDP and autocast expect it.
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped = unwrap(model)
     hook = unwrapped.get_output_embeddings().register_forward_pre_hook(select_targets)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
     if takes_whole_mask(unwrapped):
