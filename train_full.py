@@ -19,6 +19,7 @@ from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
+from utils.modeling.compiled import compile_blocks
 from utils.modeling.export import export_model
 from utils.modeling.families import check_trainable
 from utils.modeling.fused import fuse
@@ -48,6 +49,7 @@ def main(config: TrainingConfig):
     check_sizes(model, tokenizer, config)
     check_trainable(model, f"--model_name_or_path {config.model_name_or_path}")
     fuse(model)
+    compile_blocks(accelerator, model, config)
     set_generation_config(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()

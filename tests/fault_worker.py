@@ -11,6 +11,7 @@ code, or minus the signal's number. inject_faults.py starts this, with faults.c 
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -21,10 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import evaluate_rouge  # noqa: F401
-import summarize  # noqa: F401
-import train_full  # noqa: F401  what the children run, imported ahead
-import train_lora  # noqa: F401
+from warm import IMPORTED, fill_caches
 
 
 def run(order: dict) -> int:
@@ -50,6 +48,9 @@ def run(order: dict) -> int:
 
 
 if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(name)
+    fill_caches()
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

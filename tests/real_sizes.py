@@ -104,6 +104,13 @@ def compare_strategies(table: Table, model: Path, files: dict[str, Path], folder
         rounding = measure_distance(recut, alone, before)
         table.end_row(recut, rounding, True, "")
         table.end_row(alone, None, True, "")
+        compiled_dir = folder / f"{kind} compiled"
+        compiled_words = words(kind, model, files, compiled_dir, "--compile", "true")
+        compiled = table.run(f"{name}, one process", "compiled", "one process", compiled_words, compiled_dir)
+        if compiled:
+            distance = measure_distance(compiled, alone, before)
+            table.end_row(compiled, distance, distance < TIMES_ROUNDING * rounding, "as otherwise to rounding")
+        remove(compiled_dir)
         for strategy, next_one in zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True):
             output_dir, label = folder / f"{kind} {strategy}", f"{name}, {strategy}"
             run = table.run(label, "updates", strategy, words(kind, model, files, output_dir), output_dir)

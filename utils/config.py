@@ -153,6 +153,9 @@ class OptimizationConfig(Config):
     )
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
+    compile: bool = setting(
+        False, "compile the model's blocks: the first update takes a minute or more, the others less; for long runs"
+    )
     deterministic: bool = setting(
         False,
         "make a run on a GPU repeatable and resumable bit for bit, as on a CPU; slower",
@@ -177,6 +180,11 @@ class OptimizationConfig(Config):
     @property
     def prompt(self) -> Prompt:
         return Prompt(self.source_prefix, self.source_suffix)
+
+    @property
+    def length_multiple(self) -> int:
+        """What the lengths of training's micro-batches are padded to a multiple of, so that few graphs serve all."""
+        return 64 if self.compile else 1
 
 
 @dataclass(frozen=True)

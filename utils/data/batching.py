@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import datasets
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.data.micro_batches import plan_micro_batches
@@ -61,21 +62,29 @@ def plan_pass(
         yield from plan_micro_batches(examples, lengths, rank, world, token_limit, launch_cost)
 
 
-def collate(examples: dict[str, list], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Tensors of shape (examples, longest source) and (examples, longest target), padded on the right; `targets` are
-    the real target tokens alone, and `target_positions` where they stand among the flattened labels.
+def round_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    return -(-lengths // multiple) * multiple
+
+
+def collate(examples: dict[str, list], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """Tensors of shape (examples, longest source) and (examples, longest target), padded on the right to a multiple;
+    `targets` are the real target tokens alone, and `target_positions` where they stand among the flattened labels.
 
     No examples give one row of nothing but padding: an empty micro-batch runs through the model with a loss of 0.
     """
+
+    def join(sequences: list[torch.Tensor], padding: int) -> torch.Tensor:
+        joined = pad_sequence(sequences, batch_first=True, padding_value=padding)
+        return pad(joined, (0, -joined.shape[1] % multiple), value=padding)
+
     input_ids = [torch.tensor(ids) for ids in examples["input_ids"]] or [torch.tensor([pad_token_id])]
     labels = [torch.tensor(ids) for ids in examples["labels"]] or [torch.tensor([-100])]
     attention_mask = [torch.ones_like(ids) for ids in input_ids]
-    padded_labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    padded_labels = join(labels, -100)
     # Worked out here and not on the device, which would have to be waited for to know how many there are.
     target_positions = padded_labels.flatten().ne(-100).nonzero().squeeze(1)
     return {
-        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence(attention_mask, batch_first=True),
+        "input_ids": join(input_ids, pad_token_id), "attention_mask": join(attention_mask, 0),
         "labels": padded_labels, "target_positions": target_positions,
         "targets": padded_labels.flatten()[target_positions],
     }  # fmt: skip

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from utils.config import TrainingConfig
-from utils.data.batching import collate, plan_steps, select_examples
+from utils.data.batching import collate, plan_steps, round_up, select_examples
 from utils.data.micro_batches import launch_cost_on
 from utils.modeling.families import shift_targets
 
@@ -46,7 +46,9 @@ def load_steps(
     total, size = config.total_train_batch_size, config.per_device_train_batch_size
     rank, world = accelerator.process_index, accelerator.num_processes
     launch_cost = launch_cost_on(accelerator.device)
-    plan = plan_steps(lengths, total, size, config.seed, rank, world, launch_cost, (n - 1 for n in numbers))
+    multiple = config.length_multiple
+    padded = round_up(lengths, multiple)
+    plan = plan_steps(padded, total, size, config.seed, rank, world, launch_cost, (n - 1 for n in numbers))
     nums_micro_batches = deque()  # of the steps that are planned already
 
     def flatten() -> Iterator[np.ndarray]:
@@ -54,7 +56,7 @@ def load_steps(
             nums_micro_batches.append(len(micro_batches))
             yield from micro_batches
 
-    batches = load_batches(accelerator, model, data, flatten())
+    batches = load_batches(accelerator, model, data, flatten(), multiple)
     for number in numbers:
         started = time.perf_counter()
         examples = select_examples(len(lengths), total, config.seed, number - 1)
@@ -66,17 +68,21 @@ def load_steps(
 
 
 def load_batches(
-    accelerator: Accelerator, model: torch.nn.Module, data: datasets.Dataset, plan: Iterator[np.ndarray]
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: datasets.Dataset,
+    plan: Iterator[np.ndarray],
+    multiple: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The plan's micro-batches on the device. A thread plans and collates some ahead, so that the device need not
-    wait for them."""
+    """The plan's micro-batches on the device, their lengths padded to a multiple. A thread plans and collates some
+    ahead, so that the device need not wait for them."""
     model = accelerator.unwrap_model(model)
 
     def make_batch() -> tuple[np.ndarray, dict[str, torch.Tensor]] | None:
         indices = next(plan, None)
         if indices is None:
             return None
-        batch = collate(data[indices], model.config.pad_token_id)
+        batch = collate(data[indices], model.config.pad_token_id, multiple)
         if accelerator.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return indices, batch

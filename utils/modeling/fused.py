@@ -90,19 +90,26 @@ class FusedT5Attention(T5Attention):
             for projection, states in ((self.q, hidden_states), (self.k, attended), (self.v, attended))
         )
         if is_self_attention and position_bias is None:
-            num_queries, num_keys = query.shape[2], key.shape[2]
-            if mask is None and self.is_causal:
-                mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril()
-            position_bias = self.compute_bias(num_queries, num_keys, query.device).to(query.dtype)
-            if mask is not None:
-                position_bias = position_bias.where(mask, torch.finfo(query.dtype).min)
-            # Its rows lie a multiple of ALIGNMENT apart: attention on a GPU would copy it in each layer otherwise.
-            position_bias = functional.pad(position_bias.contiguous(), (0, -num_keys % ALIGNMENT))[..., :num_keys]
+            position_bias = self.merge_bias(hidden_states, mask)
         attention = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=position_bias if is_self_attention else mask,
             dropout_p=self.dropout if self.training else 0.0, scale=self.scaling,
         )  # fmt: skip
         return self.o(attention.transpose(1, 2).flatten(-2)), position_bias, None
+
+    def merge_bias(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(1 or examples, heads, tokens, tokens): the positions' bias, or the lowest number where nothing is seen."""
+        num_tokens, device = hidden_states.shape[1], hidden_states.device
+        dtype = hidden_states.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if mask is None and self.is_causal:
+            mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+        bias = self.compute_bias(num_tokens, num_tokens, device).to(dtype)
+        if mask is not None:
+            bias = bias.where(mask, torch.finfo(dtype).min)
+        # Its rows lie a multiple of ALIGNMENT apart: attention on a GPU would copy it in each layer otherwise.
+        return functional.pad(bias.contiguous(), (0, -num_tokens % ALIGNMENT))[..., :num_tokens]
 
 
 FUSED = {

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import collate, measure_lengths
+from utils.data.batching import collate, measure_lengths, round_up
 from utils.data.prefetch import move_batch
 from utils.launch.times import timed
 from utils.modeling.passes import accumulate, backward
@@ -107,7 +107,7 @@ def estimate_batch_size(
 def estimate_fitting(
     accelerator: Accelerator, model: torch.nn.Module, lengths: np.ndarray, config: TrainingConfig, free: int
 ) -> int:
-    source, target = lengths.max(axis=0).tolist()
+    source, target = round_up(lengths.max(axis=0), config.length_multiple).tolist()
 
     def estimate(size: int) -> int:
         micro_batch = MicroBatch(size, source, target, size * source, size * target)
@@ -138,7 +138,8 @@ def measure_peak(
 ) -> int:
     """Peak bytes of GPU memory while the gradient of 0 times the loss is accumulated: DeepSpeed cannot discard one."""
     unwrapped = accelerator.unwrap_model(model)
-    batch = move_batch(collate(examples, unwrapped.config.pad_token_id), unwrapped, accelerator.device)
+    batch = collate(examples, unwrapped.config.pad_token_id, config.length_multiple)
+    batch = move_batch(batch, unwrapped, accelerator.device)
     torch.cuda.reset_peak_memory_stats(accelerator.device)
     model.train()
     with accumulate(accelerator, model, last=False):

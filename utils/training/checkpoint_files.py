@@ -226,7 +226,7 @@ FREE_SETTINGS = {
     "adapter_name_or_path", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
     "load_best_model_at_end", "merge_into", "logging_steps", "eval_steps", "checkpointing_steps",
     "checkpoints_total_limit", "project_name", "run_name", "max_time", "preflight", "assume_memory", "report_to",
-    "deterministic",
+    "deterministic", "compile",
 }  # fmt: skip
 
 

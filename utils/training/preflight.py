@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from utils.config import TrainingConfig, UserError
-from utils.data.batching import measure_lengths, plan_pass, plan_steps
+from utils.data.batching import measure_lengths, plan_pass, plan_steps, round_up
 from utils.data.micro_batches import launch_cost_on
 from utils.launch.output_dir import find_existing, find_run_files
 from utils.launch.processes import call_on_main
@@ -83,13 +83,15 @@ def plan_first_steps(
     steps = range(min(num_steps, NUM_STEPS_PLANNED))
     rank, world = accelerator.process_index, accelerator.num_processes
     launch_cost = launch_cost_on(estimated_device(accelerator, config))
-    plan = plan_steps(lengths, config.total_train_batch_size, size, config.seed, rank, world, launch_cost, steps)
-    return gather_object([[measure_micro_batch_shape(lengths[indices]) for step in plan for indices in step]])
+    padded = round_up(lengths, config.length_multiple)
+    plan = plan_steps(padded, config.total_train_batch_size, size, config.seed, rank, world, launch_cost, steps)
+    shapes = [measure_micro_batch_shape(lengths[indices], config.length_multiple) for step in plan for indices in step]
+    return gather_object([shapes])
 
 
-def measure_micro_batch_shape(lengths: np.ndarray) -> MicroBatch:
+def measure_micro_batch_shape(lengths: np.ndarray, multiple: int = 1) -> MicroBatch:
     """An empty one is one row of padding."""
-    source, target = lengths.max(axis=0, initial=1).tolist()
+    source, target = round_up(lengths.max(axis=0, initial=1), multiple).tolist()
     return MicroBatch(max(1, len(lengths)), source, target, *lengths.sum(axis=0).tolist())
 
 
