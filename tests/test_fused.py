@@ -17,7 +17,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 from utils.config import TrainingConfig
 from utils.data.batching import collate
 from utils.data.prefetch import move_batch
-from utils.modeling.fused import FUSED, fuse
+from utils.modeling import fused
+from utils.modeling.fused import FUSED, FusedDropout, attend_on_cpu, fuse
 from utils.training.step import compute_gradient
 
 SHAPE = {"vocab_size": 100, "d_model": 48, "d_kv": 16, "num_heads": 3, "d_ff": 96, "num_layers": 3}
@@ -147,6 +148,54 @@ def test_weights_are_cast_once_an_update():
     (num_casts, gradients), (num_apart, expected) = compute(apart=False), compute(apart=True)
     assert num_apart == 3 * num_casts > 0
     assert all(gradients[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25])
+def test_dropout_on_a_cpu(p):
+    """Bounds are five standard deviations, of the share and of the correlation of neighbours."""
+    dropout, states = FusedDropout(p), torch.full((100, 10_001), 2.0, requires_grad=True)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(dropout(states))
+    kept = draws[0].detach() != 0
+    assert draws[0].equal(draws[1]) and not draws[0].equal(draws[2])
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(1 - p - kept.float().mean().item()) < 5 * deviation
+    assert draws[0].detach()[kept].unique().tolist() == pytest.approx([2 / (1 - p)], rel=2e-5)
+    centred = kept.flatten().float() - (1 - p)
+    for distance in (1, 2, 3, 4, 8):  # four are of one number
+        correlation = (centred[:-distance] * centred[distance:]).mean().item() / (p * (1 - p))
+        assert abs(correlation) < 5 / kept.numel() ** 0.5
+    (gradient,) = torch.autograd.grad(draws[0].sum(), states)
+    assert gradient.equal(kept * (2**16 / (2**16 - round(p * 2**16))))
+    assert dropout.eval()(states) is states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["no mask", "booleans", "numbers"])
+def test_attention_on_a_cpu_is_pytorchs_but_for_the_numbers_drawn(monkeypatch, dtype, kind):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, 2, 7, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    mask = None
+    if kind == "booleans":
+        mask = torch.arange(7).expand(3, 1, 1, 7) < torch.tensor([7, 4, 1])[:, None, None, None]
+    elif kind == "numbers":
+        mask = torch.randn(3, 2, 7, 7, generator=generator).to(dtype)
+    upstream = torch.randn(3, 2, 7, 8, generator=generator).to(dtype)
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(fused.DropOnCpu, "apply", lambda weights, p: weights)
+        found.append(attend_on_cpu(query, key, value, mask, 0.1, 0.5))
+    found.append(functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5))
+    gradients = [torch.autograd.grad(output, (query, key, value), upstream) for output in found]
+    rounding = 1e-6 if dtype == torch.float32 else 2**-6  # of a bf16 number 2^-9, in a few steps
+    for ours, expected in zip((found[0], *gradients[0]), (found[1], *gradients[1]), strict=True):
+        assert ours.dtype == dtype
+        assert (ours - expected).norm() < rounding * expected.norm()
+    torch.manual_seed(0)
+    mean = sum(attend_on_cpu(query, key, value, mask, 0.1, 0.5).detach().float() for _ in range(2000)) / 2000
+    assert (mean - found[0].float()).norm() < 0.05 * found[0].float().norm()
 
 
 def test_everything_that_is_named_is_replaced():

@@ -75,7 +75,7 @@ def test_cuda_kernels():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_assumed_gpu_gets_its_kernels(tmp_path, precision):
-    """0.56 and 0.65 of what the CPU's keep was counted; kernels of the CPU alone would be 1."""
+    """0.58 and 0.38 of what the CPU's keep was counted; kernels of the CPU alone would be 1."""
     AcceleratorState._reset_state(True)
     accelerator, folder = Accelerator(cpu=True), write_flan_t5(tmp_path, d_model=128, d_kv=32, d_ff=256)
     model = load_model(str(folder), "sdpa", torch.float32, without_weights=True)
@@ -83,7 +83,9 @@ def test_an_assumed_gpu_gets_its_kernels(tmp_path, precision):
     activations = []
     for memory in ("8GB", None):
         config = TrainingConfig(mixed_precision=precision, preflight=True, assume_memory=memory)
-        parts, _ = estimate_memory(accelerator, model, config, MicroBatch(4, 61, 16, 244, 64), None, accumulating=True)
+        parts, _ = estimate_memory(
+            accelerator, model, config, MicroBatch(4, 253, 16, 1012, 64), None, accumulating=True
+        )
         activations.append(parts["activations"])
     assert activations[0] < 0.75 * activations[1]
 

@@ -1,6 +1,7 @@
-"""Compare the scripts' training speed with Seq2SeqTrainer's, on the same rows, model and updates of 128 examples.
+"""Compare the scripts' training speed with Seq2SeqTrainer's, on the same rows, models and updates.
 
-    python tests/benchmarks/compare_trainer.py MODEL TRAIN_FILE [--mixed_precision no] [--repeats 3] [--updates 3]
+    python tests/benchmarks/compare_trainer.py TRAIN_FILE MODEL [MODEL ...] [--mixed_precision no] [--repeats 3]
+        [--updates 3] [--total 128] [--pairs full LoRA] [--samplings batch_rebalance]
 
 Each run is a process of its own on two threads, in turn, as often as asked: what else the machine does hits all alike.
 The first update of a run warms up and is not counted. Ratios are taken within a turn. MODEL is a folder with a
@@ -8,6 +9,7 @@ Flan-T5-shaped model, TRAIN_FILE a csv of dialogues. Writes compare_trainer.json
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -38,11 +40,13 @@ def run(words: list[str]) -> str:
     return finished.stdout
 
 
-def measure_ours(script: str, model: str, train_file: str, num_updates: int, precision: str) -> dict[str, float]:
+def measure_ours(
+    script: str, model: str, train_file: str, num_updates: int, precision: str, total: int
+) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run([
             script, "--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder,
-            "--total_train_batch_size", "128", "--max_train_steps", str(num_updates), "--logging_steps", "1",
+            "--total_train_batch_size", str(total), "--max_train_steps", str(num_updates), "--logging_steps", "1",
             "--mixed_precision", precision,
         ])  # fmt: skip
         metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -57,20 +61,26 @@ def measure_ours(script: str, model: str, train_file: str, num_updates: int, pre
 
 
 def measure_trainer(
-    mode: str, sampling: str, model: str, train_file: str, num_updates: int, precision: str
+    mode: str, sampling: str, model: str, train_file: str, num_updates: int, precision: str, total: int
 ) -> dict[str, float]:
     words = ["tests/benchmarks/run_trainer.py", model, train_file, mode, sampling, str(num_updates), precision]
-    return json.loads(run(words).splitlines()[-1])
+    return json.loads(run([*words, "16", str(total)]).splitlines()[-1])
 
 
 def summarize(turns: list[dict[str, dict]]) -> dict[str, dict]:
-    """Median and range over the turns; `speed_ratio` and `memory_ratio` are ours over the Trainer's of the turn."""
+    """Median and range over the turns; `speed_ratio` and `memory_ratio` are ours over the Trainer's of the turn, and
+    `best_ratio` is our speed over that of the Trainer's fastest sampling in it."""
 
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
     summary = {name: {key: spread([turn[name][key] for turn in turns]) for key in turns[0][name]} for name in turns[0]}
-    for sampling in SAMPLINGS:
+    samplings = [name for name in turns[0] if name != "ours"]
+    best = [
+        turn["ours"]["samples_per_second"] / max(turn[s]["samples_per_second"] for s in samplings) for turn in turns
+    ]
+    summary["ours"]["best_ratio"] = spread(best)
+    for sampling in samplings:
         for ratio, key in (("speed_ratio", "samples_per_second"), ("memory_ratio", "peak_memory_mib")):
             summary[sampling][ratio] = spread([turn["ours"][key] / turn[sampling][key] for turn in turns])
     return summary
@@ -81,15 +91,14 @@ def draw(results: dict[str, dict], path: Path):
     axes = figure.subplots()
     names = {"ours": "these scripts"} | {sampling: f"Seq2SeqTrainer, {sampling}" for sampling in SAMPLINGS}
     for offset, (name, label) in enumerate(names.items()):
-        speeds = [pair[name]["samples_per_second"] for pair in results.values()]
-        medians = [speed["median"] for speed in speeds]
+        pairs = enumerate(results.values())
+        speeds = {index: pair[name]["samples_per_second"] for index, pair in pairs if name in pair}
+        medians = [speed["median"] for speed in speeds.values()]
         errors = [
-            [speed["median"] - speed["low"] for speed in speeds],
-            [speed["high"] - speed["median"] for speed in speeds],
+            [speed["median"] - speed["low"] for speed in speeds.values()],
+            [speed["high"] - speed["median"] for speed in speeds.values()],
         ]
-        axes.bar(
-            [index + 0.21 * (offset - 1.5) for index in range(len(results))], medians, 0.2, yerr=errors, label=label
-        )
+        axes.bar([index + 0.21 * (offset - 1.5) for index in speeds], medians, 0.2, yerr=errors, label=label)
     axes.set_xticks(range(len(results)), list(results))
     axes.set(ylabel="samples per second", title="Training speed on two CPU cores (median and range)")
     figure.legend(loc="outside lower center", ncols=2)
@@ -98,21 +107,29 @@ def draw(results: dict[str, dict], path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
     parser.add_argument("train_file")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no where a CPU has no bf16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--total", type=int, default=128, help="examples of an update, in micro-batches of 16")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    inputs = (str(Path(arguments.model).resolve()), str(Path(arguments.train_file).resolve()), arguments.updates)
-    inputs += (arguments.mixed_precision,)
-    results = {}
-    for pair, (script, mode) in PAIRS.items():
-        turns = []
+    train_file, results = str(Path(arguments.train_file).resolve()), {}
+    for model, kind in itertools.product(arguments.models, arguments.pairs):
+        (script, mode), pair, turns = PAIRS[kind], f"{Path(model).name}, {kind}", []
+        inputs = (
+            str(Path(model).resolve()),
+            train_file,
+            arguments.updates,
+            arguments.mixed_precision,
+            arguments.total,
+        )
         for _ in range(arguments.repeats):
             turn = {"ours": measure_ours(script, *inputs)}
-            turn |= {sampling: measure_trainer(mode, sampling, *inputs) for sampling in SAMPLINGS}
+            turn |= {sampling: measure_trainer(mode, sampling, *inputs) for sampling in arguments.samplings}
             turns.append(turn)
             sys.stdout.write(f"{pair}: {json.dumps(turn)}\n")
             sys.stdout.flush()

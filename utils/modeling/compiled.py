@@ -1,8 +1,9 @@
 """`--compile`: a model's repeated blocks by torch.compile, as fewer and larger kernels.
 
 Only the blocks are compiled, and only for gradients: all blocks of a stack share one graph, whatever their number, and
-nothing is wrapped, so that weights keep their names. The graph is for any number of examples and any length that is a
-multiple of LENGTH_MULTIPLE, to which the plan pads. Validation and generation run as they are.
+nothing is wrapped, so that weights keep their names. A graph is for any number of examples and any lengths; the plan
+pads these to config.length_multiple, so that PyTorch finds nothing to specialize on. Validation and generation run as
+they are.
 """
 
 import functools
@@ -43,7 +44,7 @@ def check_compile(accelerator: Accelerator, config: TrainingConfig, blocks: list
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=accelerator.device))
     except Exception as error:
-        raise UserError(f"--compile: torch.compile does not work here: {error}") from error
+        raise UserError(f"--compile: torch.compile does not work here: {str(error).splitlines()[0]}") from error
 
 
 def compile_forward(block: GradientCheckpointingLayer):

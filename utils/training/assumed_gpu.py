@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from utils.config import TrainingConfig, parse_memory
+from utils.modeling import fused
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA and its libraries take of a GPU before PyTorch does: 0.3 to 0.6 GB
 MASK_ALIGNMENT = 8  # elements, of the strides of an attention mask
@@ -31,7 +32,8 @@ def cuda_kernels() -> Iterator[None]:
     """Attention, dropout and RMSNorm as on a GPU: memory-efficient attention, which alone takes a mask there; dropout
     that keeps a byte an element; RMSNorm that keeps its input and a number a row."""
     # Not a TorchFunctionMode, which is off during loss.backward(), also where that recomputes activations.
-    with mock.patch.multiple(functional, scaled_dot_product_attention=attend, dropout=drop, rms_norm=normalize):
+    kernels = mock.patch.multiple(functional, scaled_dot_product_attention=attend, dropout=drop, rms_norm=normalize)
+    with kernels, mock.patch.object(fused, "draws_slowly", lambda device: False):
         yield
 
 
