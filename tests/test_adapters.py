@@ -1,5 +1,7 @@
 """Adapters that PEFT made by itself: those that merge are merged, learned prefixes stay beside the model."""
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import train_full
@@ -91,6 +94,17 @@ def test_texts_are_those_of_peft(base, tmp_path, kind):
         assert ours == expected != plain
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_missing(base, tmp_path, kind):
+    """PEFT would leave it at its first value, with a warning at most."""
+    folder = write_adapter(tmp_path / "adapter", base, KINDS[kind])
+    weights = load_file(folder / "adapter_model.safetensors")
+    del weights[min(weights)]
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"^--model {folder}: "), warnings.catch_warnings(action="error"):
+        load_model(str(folder), "sdpa", torch.float32, "model")
+
+
 def test_what_cannot_be_done(base, data_files, tmp_path):
     tied = write_adapter(tmp_path / "tied", base, LoraConfig(target_modules=["q", "shared"], r=4))
     with pytest.raises(UserError, match=f"^--model {tied}: it adapts shared, which shares its weights with other"):
@@ -98,6 +112,17 @@ def test_what_cannot_be_done(base, data_files, tmp_path):
     prefix = write_adapter(tmp_path / "prefix", base, KINDS["prefix"])
     with pytest.raises(UserError, match=f"^--model_name_or_path {prefix}: holds a learned prefix, which cannot be"):
         train_in_process(train_full, TrainingConfig, prefix, data_files, tmp_path / "out")
+    several = write_adapter(tmp_path / "several", base, KINDS["prompt"])
+    settings = json.loads((several / "adapter_config.json").read_text())
+    settings |= {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 2}
+    (several / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"^--model {several}: its prompts are for several tasks, and a dialogue has"):
+        load_model(str(several), "sdpa", torch.float32, "model")
+    itself = write_adapter(tmp_path / "itself", base, KINDS["lora"])
+    settings = json.loads((itself / "adapter_config.json").read_text())
+    (itself / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(itself)}))
+    with pytest.raises(UserError, match=f"^--model {itself}: adapter_config.json names the adapter's own folder"):
+        load_model(str(itself), "sdpa", torch.float32, "model")
     more = write_adapter(tmp_path / "more", base, KINDS["head"])
     with pytest.raises(UserError, match=f"^--adapter_name_or_path {more}: it also holds all of .*lm_head.*, which"):
         train_in_process(

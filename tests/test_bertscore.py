@@ -152,6 +152,22 @@ def test_encoders_that_cannot_be_used(encoders, tmp_path, monkeypatch):
         whole = AutoModel.from_pretrained(encoders / "bert")
         patch.setattr(utils.scoring.bertscore, "load_quietly", lambda name, settings: (whole, set()))
         load(encoders / "bert", 2)
+    short = shutil.copytree(encoders / "bert", tmp_path / "short")
+    settings = json.loads((short / "tokenizer_config.json").read_text())
+    (short / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 4000}))
+    with pytest.raises(UserError, match="cannot be loaded as an encoder: "):
+        load(short)
+    spoiled = shutil.copytree(encoders / "bert", tmp_path / "spoiled")
+    weights = load_file(spoiled / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"].fill_(float("nan"))
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its embeddings are not finite"):
+        load(spoiled)
+    typed = shutil.copytree(encoders / "bert", tmp_path / "typed")
+    settings = json.loads((typed / "config.json").read_text())
+    (typed / "config.json").write_text(json.dumps(settings | {"hidden_size": "wide"}))
+    with pytest.raises(UserError, match="cannot be loaded as an encoder: .*hidden_size"):
+        load(typed)
     with pytest.raises(UserError, match="not in the cache .*AutoModel.from_pretrained"):
         load("no/encoder")
     broken = shutil.copytree(encoders / "bert", tmp_path / "broken")

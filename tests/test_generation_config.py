@@ -108,6 +108,9 @@ HOSTILE = [
     ("early_stopping", "soon", 'is "soon", and must be true, false or "never"'),
     ("renormalize_logits", 1, "is 1, and must be true or false"),
     ("num_return_sequences", 3, "is 3, and must be 1: a dialogue has one summary"),
+    ("repetition_penalty", 10**400, f"is 1{'0' * 79}, and must be a number above 0"),
+    ("source_prefix", 5, "is 5, and must be a text"),
+    ("source_suffix", "\ud800", 'is "\\ud800", and must be a text'),
 ]  # fmt: skip
 
 
@@ -123,6 +126,22 @@ def test_settings_that_contradict_each_other(steep, tmp_path):
     folder = give(steep, tmp_path / "own", forced_eos_token_id=7, suppress_tokens=[7])
     with pytest.raises(UserError, match=f"^--model {folder}: {FILE}: .*.*`suppress_tokens`[^\\n]*$"):
         load_model(str(folder), "sdpa", torch.float32, "model")
+
+
+def test_settings_that_lack_another(steep, tmp_path):
+    for name, (settings, words) in {
+        "prompt": (
+            {"source_prefix": "Sum up: "},
+            "source_prefix and source_suffix belong together, and one is missing",
+        ),
+        "decay": (
+            {"exponential_decay_length_penalty": [3, 1.2], "eos_token_id": None},
+            "exponential_decay_length_penalty needs an eos_token_id",
+        ),
+    }.items():
+        folder = give(steep, tmp_path / name, **settings)
+        with pytest.raises(UserError, match=f"^--model {folder}: {FILE}: {words}$"):
+            load_model(str(folder), "sdpa", torch.float32, "model")
 
 
 def test_a_text_of_nothing_but_ends(steep, tmp_path):

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 
 import datasets
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from utils.config import UserError
@@ -16,8 +17,8 @@ from utils.config import UserError
 logger = logging.getLogger(__name__)
 # What transformers, PEFT, safetensors and datasets raise for files that are missing, broken or of another shape.
 LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError,
-    datasets.exceptions.DatasetsError,
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError,
+    StrictDataclassError, datasets.exceptions.DatasetsError,
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def explain_hub_errors(setting: str, name: str, kind: str) -> Iterator[None]:
 
 
 def _explain(error: Exception, name: str, kind: str) -> str:
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in message:
         return f"this {kind} needs Python code of its own, and these scripts never run a {kind}'s code"
     if isinstance(error, UnpicklingError):

@@ -44,7 +44,8 @@ def check_compile(accelerator: Accelerator, config: TrainingConfig, blocks: list
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=accelerator.device))
     except Exception as error:
-        raise UserError(f"--compile: torch.compile does not work here: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n\n")[0]  # advice for PyTorch's developers follows
+        raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
 
 
 def compile_forward(block: GradientCheckpointingLayer):

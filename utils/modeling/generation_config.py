@@ -3,8 +3,8 @@ checked, and settings that our decoding does not follow are dropped."""
 
 import json
 import logging
-import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,11 @@ TOKEN = "a token's number below {num_tokens}"
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # halves of characters
 
 
 def is_count(value: Any, limit: float = 2**31) -> bool:
@@ -64,6 +68,7 @@ def build_checks(num_tokens: int) -> dict[str, tuple[Callable[[Any], bool], str]
         "repetition_penalty": (lambda value: is_number(value) and value > 0, "a number above 0"),
         "exponential_decay_length_penalty": (is_decay, "[a whole number, a number above 0]"),
         "early_stopping": (lambda value: isinstance(value, bool) or value == "never", 'true, false or "never"'),
+        **dict.fromkeys(Prompt._fields, (is_text, "a text")),
         "num_return_sequences": (lambda value: value == 1, "1: a dialogue has one summary"),
     }
     return {name: (check, words.format(num_tokens=f"{num_tokens:,}")) for name, (check, words) in checks.items()}
@@ -97,15 +102,17 @@ def set_generation_rules(model: PreTrainedModel, settings: dict[str, Any] | None
     defaults, kept, unused = GenerationConfig().to_dict(), {}, []
     defaults |= GenerationConfig._get_default_generation_params()
     for name, value in settings.items():
-        if name in Prompt._fields:
-            kept[name] = value
-        elif name in checks and value is not None:
+        if name in checks and value is not None:
             check, words = checks[name]
             if not check(value):
                 raise UserError(f"{where}: {file}: {name} is {json.dumps(value)[:80]}, and must be {words}")
             kept[name] = value
         elif name in defaults and value not in (None, defaults[name]) and not re.fullmatch(OF_NO_TEXT, name):
             unused.append(name)
+    if len(kept.keys() & Prompt._fields) == 1:
+        raise UserError(f"{where}: {file}: source_prefix and source_suffix belong together, and one is missing")
+    if "exponential_decay_length_penalty" in kept and kept.get("eos_token_id") is None:
+        raise UserError(f"{where}: {file}: exponential_decay_length_penalty needs an eos_token_id")
     if "repetition_penalty" in kept:
         kept["repetition_penalty"] = float(kept["repetition_penalty"])  # for transformers 2 is no number
     if "sequence_bias" in kept:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,6 +81,8 @@ def load_model(
             base_name = base_model or adapter_config.base_model_name_or_path
             if not base_name:
                 raise UserError(f"{where}: adapter_config.json names no base")
+            if Path(base_name).resolve() == Path(name_or_path):
+                raise UserError(f"{where}: adapter_config.json names the adapter's own folder as its base")
             base_setting = "base_model_name_or_path" if base_model else f"{setting} {name_or_path}, its base"
             base = load_model(base_name, attn_implementation, dtype, base_setting, without_weights=without_weights)
             # With the adapter merged into it, its shape is the same.
@@ -114,7 +117,10 @@ def load_adapted(
     """The base with the adapter merged into it, or beside it if it is a learned prefix, which changes no weight."""
     where = f"--{setting} {folder}"
     check_patterns(adapter_config, base, where)
-    adapted = PeftModel.from_pretrained(base, folder)
+    if hasattr(adapter_config, "num_tasks"):
+        raise UserError(f"{where}: its prompts are for several tasks, and a dialogue has no task's number")
+    with warnings.catch_warnings(action="ignore"):  # of weights that are missing, which check_adapter tells
+        adapted = PeftModel.from_pretrained(base, folder)
     check_adapter(adapted, Path(folder) / "adapter_model.safetensors", setting)
     if not adapter_config.is_prompt_learning:
         check_shared(adapted, where)
@@ -152,13 +158,14 @@ def check_patterns(adapter_config: PeftConfig, base: PreTrainedModel, where: str
 def check_adapter(model: PeftModel, path: Path, setting: str):
     """UserError if the file's weights are not those of the adapter: PEFT leaves what is missing at its first value."""
 
-    def choose(names: Iterable[str]) -> set[str]:
-        return {re.sub(r"(magnitude_vector)\.weight$", r"\1", name) for name in names if ".lora_" in name}
+    def clean(names: Iterable[str]) -> set[str]:
+        return {re.sub(r"(magnitude_vector)\.weight$", r"\1", name) for name in names}
 
     if path.is_file():
         with safe_open(path, framework="pt") as weights:
-            differing = choose(weights.keys()) ^ choose(get_peft_model_state_dict(model, save_embedding_layers=False))
-        if differing:
+            found = clean(weights.keys())
+        expected = clean(get_peft_model_state_dict(model, save_embedding_layers=False))
+        if differing := expected - found or {name for name in found - expected if ".lora_" in name}:
             raise UserError(
                 f"--{setting} {path.parent}: {path.name} and adapter_config.json differ in {len(differing)} weights, "
                 f"{min(differing)} and so on"
@@ -210,6 +217,8 @@ def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     sides = {"max_source_length": "encoder", "max_target_length": "decoder", "max_new_tokens": "decoder"}
     for name, side in sides.items():
         positions = count_positions(model.config, side)
+        if side == "encoder" and isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            positions -= model.active_peft_config.num_virtual_tokens
         if getattr(config, name, 0) > positions:
             raise UserError(f"--{name} {getattr(config, name)}: the model takes {positions} tokens at most")
 

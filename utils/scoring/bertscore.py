@@ -70,8 +70,13 @@ def load_encoder(config: EvaluationConfig) -> Encoder:
     if tokenizer.model_max_length > 10**6:  # transformers' way to say that it does not know
         positions = getattr(settings, "max_position_embeddings", MAX_LENGTH + 2)
         tokenizer.model_max_length = positions - 2  # RoBERTa leaves two of them unused
-    with torch.no_grad():
-        states = model.eval()(**tokenizer("a", return_tensors="pt"), output_hidden_states=True).hidden_states
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"--bertscore {name}: its tokenizer has no padding token")
+    with explain_hub_errors("bertscore", name, "encoder"), torch.no_grad():
+        longest = tokenizer("a " * tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        states = model.eval()(**longest, output_hidden_states=True).hidden_states
+    if not states[-1].isfinite().all():
+        raise UserError(f"--bertscore {name}: its embeddings are not finite")
     if len(states) != num_layers + 1:
         raise UserError(f"--bertscore {name}: a {settings.model_type} cannot be cut to {num_layers} layers here")
     return Encoder(model, tokenizer, num_layers)
