@@ -688,7 +688,7 @@ def test_model_of_the_hub_while_offline(refuse, data_files, script):
     message = refuse(script, *name_data(script, data_files["train"]), *name_model(script, "google/flan-t5-base"))
     assert message == (
         f"{model_setting(script)} google/flan-t5-base: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE=1"
-        " forbids to ask the hub; load it once where there is a network: python -c \"n='google/flan-t5-base'; "
+        " forbids asking the hub; load it once where there is a network: python -c \"n='google/flan-t5-base'; "
         'import transformers as t; t.AutoTokenizer.from_pretrained(n); t.AutoModelForSeq2SeqLM.from_pretrained(n)"'
     )
 
@@ -700,7 +700,7 @@ def test_data_set_of_the_hub_while_offline(refuse, script, words):
     message = refuse(script, *words)
     assert message == (
         f"--dataset_name {name}: not in the cache {Path(constants.HF_HOME) / 'datasets'}, and HF_HUB_OFFLINE=1 "
-        f"forbids to ask the hub; load it once where there is a network: python -c \"n='{name}'; "
+        f"forbids asking the hub; load it once where there is a network: python -c \"n='{name}'; "
         'from datasets import load_dataset; load_dataset(n)"'
     )
 

@@ -54,7 +54,7 @@ def _explain(error: Exception, name: str, kind: str) -> str:
         load = f"import transformers as t; t.AutoTokenizer.from_pretrained(n); t.{model}.from_pretrained(n)"
     download = f"load it once where there is a network: python -c \"n='{name}'; {load}\""
     if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
-        return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids to ask the hub; {download}"
+        return f"not in the cache {cache}, and HF_HUB_OFFLINE=1 forbids asking the hub; {download}"
     everything = "".join(traceback.format_exception(error, limit=0))  # with its causes, without stack frames
     if isinstance(error, datasets.exceptions.DatasetNotFoundError) or "RepositoryNotFoundError" in everything:
         return f"no such {kind} at {constants.ENDPOINT}, or a private one (hf auth login); a folder must exist"
