@@ -48,7 +48,8 @@ def open_worker(folder: Path):
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, REPOSITORY / "tests" / "faults.c", "-ldl"], check=True)
     words = [sys.executable, str(REPOSITORY / "tests" / "fault_worker.py")]
     environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "LD_PRELOAD": str(library), "HF_DATASETS_CACHE": str(folder / "run" / "cache")
+        "ACCELERATE_USE_CPU": "true", "LD_PRELOAD": str(library), "HF_DATASETS_CACHE": str(folder / "run" / "cache"),
+        "DS_ACCELERATOR": "cpu",  # DeepSpeed says on stdout that it has found no other
     }  # fmt: skip
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, cwd=REPOSITORY, env=environment, **pipes) as worker:
