@@ -150,6 +150,13 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     return float((difference / sum(tensor.square().sum() for tensor in b.values())).sqrt())
 
 
+def usual_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The absolute difference that 99 % of all elements keep to. AdamW divides a gradient by its size: where that is
+    near 0, rounding alone decides whether a weight moves by a whole step, and one such weight can outweigh all others
+    in relative_difference."""
+    return float(torch.cat([(a[name] - b[name]).abs().flatten() for name in b]).quantile(0.99))
+
+
 def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, cold: bool = False, **environment: str):
     """Run a script and its arguments in a process of its own, or in several on gloo; returns the finished process.
 
