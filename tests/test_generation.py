@@ -21,10 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import evaluate_rouge
 import utils.files
-import utils.generation.decoding as decoding
 import utils.scoring.report
 from utils.config import EvaluationConfig, UserError
 from utils.data.micro_batches import deal
+from utils.generation import beams
 from utils.generation.decoding import cached_bytes_per_token, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches, remove_batches
 from utils.generation.summaries import DTYPES, cut_batches, estimate_cost, generate_summaries
@@ -112,7 +112,7 @@ def test_beam_search_is_that_of_transformers(
         return sdpa_attention_forward(module, query, key, *arguments, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "sdpa_attention_forward", attend)
+        patch.setattr(beams, "sdpa_attention_forward", attend)
         decoded = decode_batch(model, prompts, EvaluationConfig(**settings))
     assert (len(prompts), len(prompts), num_beams) in attended
     num_tokens = sum(num_computed)

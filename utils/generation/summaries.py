@@ -17,7 +17,8 @@ from utils.data.micro_batches import deal, micro_batch_cost
 from utils.data.tokens import tokenize_prompts
 from utils.data.unknown import describe_unknown
 from utils.files import hash_value
-from utils.generation.decoding import beams_share, count_cached_tokens, decode_batch
+from utils.generation.beams import beams_share
+from utils.generation.decoding import count_cached_tokens, decode_batch
 from utils.generation.partial_texts import Summary, append_batch, hash_model, read_batches
 from utils.modeling.families import log_attention
 from utils.modeling.loading import check_folder, check_sizes, load_model, load_tokenizer
