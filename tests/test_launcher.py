@@ -204,7 +204,10 @@ def test_deepspeed_asked_for_and_not_there(flan_t5, data_files, tmp_path):
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "the launcher sets mixed_precision to fp8; remove it: precision is"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "2.0"}, "the launcher sets gradient_clipping to 2.0; remove it: it is"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "the launcher sets dynamo_backend to inductor; remove it: micro-"),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            "the launcher sets dynamo_backend to inductor; remove it: it is --compile",
+        ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "the launcher sets use_megatron_lm to true; remove it: only DDP"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "the launcher sets use_parallelism_config to true; remove"),
         (

@@ -115,11 +115,10 @@ def check_training_settings(launch: Namespace | None, config: TrainingConfig):
     accumulation = (
         "it follows from --total_train_batch_size, --per_device_train_batch_size and the number of processes"
     )
-    compilation = "micro-batches are of many shapes, and torch.compile would compile for each"
     for name, allowed, why in (
         ("mixed_precision", ("", "no", config.mixed_precision), "precision is --mixed_precision"),
         ("gradient_accumulation_steps", ("", "1"), accumulation),
-        ("dynamo_backend", ("", "no"), compilation),
+        ("dynamo_backend", ("", "no"), "it is --compile"),
         ("use_megatron_lm", no, "only DDP, DeepSpeed and FSDP2 are supported"),
         ("use_parallelism_config", no, "only DDP, DeepSpeed and FSDP2 are supported"),
     ):
