@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import write_flan_t5
 from helpers import train_in_process
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForSeq2SeqLM
 
@@ -45,7 +47,12 @@ def test_label_smoothing_by_its_definition():
     assert torch.allclose(gradient, logits.detach().softmax(dim=-1) - smooth, atol=1e-6)
 
 
-def test_label_smoothing_is_trained_on_and_the_plain_loss_stands_beside(flan_t5, data_files, tmp_path):
+def test_label_smoothing_is_trained_on_and_the_plain_loss_stands_beside(data_files, tmp_path):
+    # Of a model that is sure of its tokens: where all are about as likely, the two losses are about the same.
+    flan_t5 = write_flan_t5(tmp_path / "sure", d_model=16)
+    weights = load_file(flan_t5 / "model.safetensors")
+    weights["lm_head.weight"] *= 8
+    save_file(weights, flan_t5 / "model.safetensors", metadata={"format": "pt"})
     settings = {"max_train_steps": 2, "mixed_precision": "no", "logging_steps": 1}
     plain = train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "plain", **settings)
     settings["label_smoothing_factor"] = 0.2
@@ -53,7 +60,7 @@ def test_label_smoothing_is_trained_on_and_the_plain_loss_stands_beside(flan_t5,
     first, second = smooth["train"]
     assert "plain_loss" not in plain["train"][0]
     assert first["plain_loss"] == pytest.approx(plain["train"][0]["loss"], rel=1e-6)
-    assert first["loss"] != pytest.approx(first["plain_loss"], rel=1e-5)
+    assert first["loss"] != pytest.approx(first["plain_loss"], rel=1e-3)
     assert second["plain_loss"] != plain["train"][1]["loss"], "another gradient"
     assert smooth["validation"][0] == plain["validation"][0]
 
