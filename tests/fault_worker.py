@@ -11,7 +11,6 @@ code, or minus the signal's number. inject_faults.py starts this, with faults.c 
 
 import ctypes
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from warm import IMPORTED, fill_caches
+from warm import import_libraries
 
 
 def run(order: dict) -> int:
@@ -48,9 +47,7 @@ def run(order: dict) -> int:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED:
-        importlib.import_module(name)
-    fill_caches()
+    import_libraries()
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

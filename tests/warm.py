@@ -49,8 +49,10 @@ def run_in_fork():
     sys.exit(code)
 
 
-def fill_caches():
-    """With what each run would work out anew, and which depends on nothing that it is given."""
+def import_libraries():
+    """And fill their caches with what each run would work out anew, and which depends on nothing that it is given."""
+    for name in IMPORTED:
+        importlib.import_module(name)
     figure = sys.modules["matplotlib.figure"].Figure()
     figure.subplots().set_title("fonts")
     figure.savefig(io.BytesIO())
@@ -117,8 +119,6 @@ if __name__ == "__main__":
     if sys.argv[1] != "serve":
         run_in_fork()
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    for name in IMPORTED:
-        importlib.import_module(name)
-    fill_caches()
+    import_libraries()
     del sys.path[0]
     run(**serve(sys.argv[2]))
