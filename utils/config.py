@@ -154,7 +154,7 @@ class OptimizationConfig(Config):
     mixed_precision: Literal["bf16", "no", "fp16"] = setting("bf16", "bf16: autocast over fp32 weights; no: fp32")
     gradient_checkpointing: bool = setting(False, "compute activations twice to hold fewer")
     compile: bool = setting(
-        False, "compile the model's blocks: the first update takes a minute or more, the others less; for long runs"
+        False, "compile the model's blocks in the first update, which then takes half a minute or more; for long runs"
     )
     deterministic: bool = setting(
         False,
