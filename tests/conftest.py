@@ -150,11 +150,21 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     return float((difference / sum(tensor.square().sum() for tensor in b.values())).sqrt())
 
 
-def usual_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The absolute difference that 99 % of all elements keep to. AdamW divides a gradient by its size: where that is
-    near 0, rounding alone decides whether a weight moves by a whole step, and one such weight can outweigh all others
-    in relative_difference."""
-    return float(torch.cat([(a[name] - b[name]).abs().flatten() for name in b]).quantile(0.99))
+def usual_differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """The absolute difference that 99 % of all elements keep to, and the largest of those that 99 % of a tensor's do.
+    AdamW divides a gradient by its size: where that is near 0, rounding alone decides whether a weight moves by a
+    whole step, and one such weight can outweigh all others in relative_difference."""
+    differences = [(a[name] - b[name]).abs().flatten() for name in b]
+    return float(torch.cat(differences).quantile(0.99)), max(float(one.quantile(0.99)) for one in differences)
+
+
+def check_near(ours: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    """Weights as near to the expected ones as those of the same training with its gradients rounded once more. Updates
+    are to be steps of about 1e-3."""
+    assert ours.keys() == expected.keys()
+    differences, roundings = usual_differences(ours, expected), usual_differences(rounded, expected)
+    assert 0 < roundings[0] < 1e-5 and differences[0] < 4 * roundings[0]
+    assert 0 < roundings[1] < 1e-3 and differences[1] < 4 * roundings[1]
 
 
 def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, cold: bool = False, **environment: str):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from conftest import launch, relative_difference, run_script, write_flan_t5
+from conftest import check_near, launch, run_script, write_flan_t5
 from helpers import FULL_FILES, RECORDS, compute_logits, train_in_process
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -374,13 +374,11 @@ def without_dropout(data_files, tmp_path_factory) -> tuple[list, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero3", "fsdp2"])
 def test_all_variants_on_two_processes(without_dropout, tmp_path, strategy):
-    """As near to one process' run as that is to itself with gradients that are rounded once more: 7e-6 was measured
-    of that adapter, and 6e-8 to 5e-7 of those of two processes."""
+    """As near to one process' run as that is to itself with gradients that are rounded once more: 0.005 to 0.3 of what
+    that does was measured."""
     words, folder = without_dropout
     run = launch(strategy, *words, "--output_dir", tmp_path / "out", "--merge_into", tmp_path / "out_merged")
     assert run.returncode == 0, run.stderr
     for path in ("out/adapter_model.safetensors", "out_merged/model.safetensors"):
-        ours, expected = load_file(tmp_path / path), load_file(folder / path)
-        assert ours.keys() == expected.keys()
-        rounding = relative_difference(load_file(folder / path.replace("out", "rounded")), expected)
-        assert 0 < rounding < 1e-3 and relative_difference(ours, expected) < 4 * rounding
+        rounded = load_file(folder / path.replace("out", "rounded"))
+        check_near(load_file(tmp_path / path), rounded, load_file(folder / path))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl, run_script, start_warm_server, usual_difference, write_flan_t5
+from conftest import REPOSITORY, check_near, read_jsonl, run_script, start_warm_server, write_flan_t5
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -195,8 +195,8 @@ def test_two_nodes_train_together(cluster, settings, never_stopped, tmp_path):
 
 @pytest.fixture(scope="module")
 def no_dropout(data_files, tmp_path_factory) -> tuple:
-    """Words of a short training that does not depend on the number of processes, what one process makes of it, and how
-    far from that rounding alone can take it."""
+    """Words of a short training that does not depend on the number of processes, what one process makes of it, and
+    what it makes of gradients that are rounded once more."""
     folder = tmp_path_factory.mktemp("no_dropout")
     words = (
         "--model_name_or_path", write_flan_t5(folder / "model", dropout_rate=0.0), "--lora_dropout", "0",
@@ -208,7 +208,7 @@ def no_dropout(data_files, tmp_path_factory) -> tuple:
         run = run_script(*script, *words, "--output_dir", folder / name)
         assert run.returncode == 0, run.stderr
         adapters.append(load_file(folder / name / "adapter_model.safetensors"))
-    return words, adapters[0], usual_difference(adapters[1], adapters[0])
+    return words, *adapters
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def no_dropout(data_files, tmp_path_factory) -> tuple:
 )
 @pytest.mark.parametrize("num_nodes", [2, 3])
 def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_path, num_nodes, config_file, strategy):
-    words, expected, rounding = no_dropout
+    words, expected, rounded = no_dropout
     words = (*words, "--output_dir", tmp_path / "out", "--config_file", f"accelerate_configs/{config_file}.yaml")
     job = cluster.submit(tmp_path / "log", "--nodes", num_nodes, "slurm/train_lora.sbatch", *words)
     assert cluster.finish(job, 120)["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
@@ -224,9 +224,9 @@ def test_a_config_file_and_nodes_change_nothing_else(cluster, no_dropout, tmp_pa
     assert (manifest["num_processes"], manifest["strategy"]) == (num_nodes, strategy)
     assert read_steps(tmp_path / "out") == list(range(1, NUM_SHORT_STEPS + 1))
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert adapter.keys() == expected.keys()
-    # 1.7 times as much was measured on three nodes with AVX2; a learning rate that is 0.1 % higher gives 70 times.
-    assert 0 < rounding < 1e-6 and usual_difference(adapter, expected) < 4 * rounding
+    # On three nodes 1.0 to 1.7 times rounding's was measured of all elements, and of tensors 1.0 to 2.2 times. A
+    # learning rate that is 0.1 % higher gives 70 times of all.
+    check_near(adapter, rounded, expected)
 
 
 @pytest.mark.parametrize("word", ["utils.launch.launcher", "train_lora.py"])
