@@ -163,6 +163,10 @@ def test_encoders_that_cannot_be_used(encoders, tmp_path, monkeypatch):
     save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="its embeddings are not finite"):
         load(spoiled)
+    unpadded = shutil.copytree(encoders / "bert", tmp_path / "unpadded")
+    (unpadded / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    with pytest.raises(UserError, match="its tokenizer has no padding token"):
+        load(unpadded)
     typed = shutil.copytree(encoders / "bert", tmp_path / "typed")
     settings = json.loads((typed / "config.json").read_text())
     (typed / "config.json").write_text(json.dumps(settings | {"hidden_size": "wide"}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import read_jsonl, relative_difference, run_script, write_flan_t5
+from conftest import read_jsonl, relative_difference, run_script, usual_differences, write_flan_t5
 from helpers import train_in_process, write_bart
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -82,10 +82,10 @@ def test_gradients_of_any_batch_by_few_graphs(without_kernels, tmp_path, kind, n
         pytest.param(train_lora, LoraTrainingConfig, "adapter_model", marks=pytest.mark.slow),
     ],
 )
-def test_a_training(without_kernels, flan_t5, data_files, tmp_path, script, config_class, weights):
+def test_a_training(without_kernels, data_files, tmp_path, script, config_class, weights):
     """Its micro-batches have a few tokens more, and nothing that it leaves tells that it was compiled; without
     --compile it goes on where it was stopped."""
-    arguments = (script, config_class, flan_t5, data_files)
+    arguments = (script, config_class, write_flan_t5(tmp_path / "model", dropout_rate=0.0), data_files)
     common = {"max_train_steps": 3, "checkpointing_steps": 2, "mixed_precision": "no"}
     common |= {"lora_dropout": 0.0} if script is train_lora else {}
     plain = train_in_process(*arguments, tmp_path / "plain", **common)
@@ -95,8 +95,7 @@ def test_a_training(without_kernels, flan_t5, data_files, tmp_path, script, conf
     (tmp_path / "compiled" / step).rename(tmp_path / "resumed" / step)
     train_in_process(*arguments, tmp_path / "resumed", **common, resume_from_checkpoint="latest")
     for split, lines in plain.items():
-        # With dropout, whose mask is another one for another padding, losses are only near.
-        assert [line["loss"] for line in ours[split]] == pytest.approx([line["loss"] for line in lines], rel=0.02)
+        assert [line["loss"] for line in ours[split]] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
     assert sum(line["padding_efficiency"] for line in ours["train"]) < sum(
         line["padding_efficiency"] for line in plain["train"]
     )
@@ -104,7 +103,9 @@ def test_a_training(without_kernels, flan_t5, data_files, tmp_path, script, conf
         name: load_file(tmp_path / name / f"{weights}.safetensors") for name in ("plain", "compiled", "resumed")
     }
     assert tensors["plain"].keys() == tensors["compiled"].keys()
-    assert relative_difference(tensors["resumed"], tensors["compiled"]) < 0.01
+    for name in ("compiled", "resumed"):
+        # Rounding's; updates are steps of 1e-3.
+        assert usual_differences(tensors[name], tensors["plain"])[0] < 1e-5
 
 
 @pytest.mark.slow
