@@ -174,7 +174,7 @@ def test_memory_too_small(start, tmp_path, monkeypatch):
 def test_an_assumed_gpu(start, tmp_path, capsys):
     start(assume_memory="16GB")
     screen = capsys.readouterr().out
-    assert ", NO, a GPU of 16GB, assumed, --mixed_precision no\n" in screen
+    assert "1 on 1 machine, a GPU of 16GB, assumed, --mixed_precision no\n" in screen
     assert "15.40 GB" == screen.split("free ")[1].split("\n")[0].strip(), "without what CUDA itself takes"
     assert "of at most the tokens of 40 examples" in screen, "auto: all 40 fit; on a CPU it is 16"
     assert "the export  " not in screen, "a GPU holds nothing more for it"

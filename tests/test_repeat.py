@@ -43,10 +43,10 @@ def test_a_training_and_its_merge(model, tmp_path):
     for words, num_processes in (((), 1), (("--resume_from_checkpoint", "latest"), 1), ((), 2)):
         again = train(*words, num_processes=num_processes)
         assert again.returncode == 0, again.stderr
-        assert f"{out} holds this run, finished; --overwrite_output_dir would train again" in again.stderr
+        assert f"the run in {out} has finished already; --overwrite_output_dir starts it over" in again.stderr
         assert read_files(tmp_path) == files
     preflight = train("--preflight")
-    assert "holds this run, finished: the same command would do nothing" in preflight.stdout
+    assert preflight.stdout.count("this run has finished already: the same command changes nothing\n") == 2
 
     for path, problem in (
         (rows, "data_fingerprint was"),

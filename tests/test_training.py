@@ -336,7 +336,7 @@ def test_weights_that_training_spoils_are_not_exported(flan_t5, data_files, tmp_
     """With one update nothing else shows it; with more, the next gradient is not finite either."""
     settings = {"max_train_steps": max_train_steps, "learning_rate": 1e308, "validation_file": None}
     with pytest.raises(
-        UserError, match="^after 1 updates .* weight tensors are not finite, .*: nothing is exported; lower"
+        UserError, match="^after update 1 .* weight tensors are not finite, .*: nothing is exported; lower"
     ):
         train_in_process(train_full, TrainingConfig, flan_t5, data_files, tmp_path / "out", **settings)
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -79,7 +79,9 @@ def load_summarizer(
     accelerator: Accelerator, config: SummaryConfig
 ) -> tuple[Callable[[list[str]], dict[str, Summary]], str]:
     """A function of dialogues that gives each one's summary, on every process; and the model's hash."""
-    check_folder(config.model, "model", "; make it with: accelerate launch train_lora.py" + " --demo" * config.demo)
+    flags = " --demo" if config.demo else ""
+    advice = f"; make it with: accelerate launch train_lora.py{flags} --output_dir {config.model}"
+    check_folder(config.model, "model", advice)
     model, tokenizer, model_hash = load_with_hash(config.model, "model", config)
     kept = read_batches(accelerator, config.partial_texts) if config.partial_texts else {}
 

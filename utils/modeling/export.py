@@ -81,7 +81,7 @@ def write_model(
     for path in obsolete:
         if path.name not in (*written, *CONFIG_FILES):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    logger.info("saved %s, read back and found equal to what was trained", folder)
+    logger.info("saved %s and verified it by reading it back", folder)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):

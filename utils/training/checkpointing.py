@@ -47,7 +47,7 @@ class Checkpointer:
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]):
         """Find the checkpoint to resume from, on all processes alike: `folder` is None for a new run. SystemExit if
-        output_dir holds this run, finished.
+        this run has finished already.
 
         Args:
             model: with the weights that training starts from.
@@ -61,7 +61,7 @@ class Checkpointer:
         weakref.finalize(self, locks.close)
         if call_on_main(accelerator, lambda: is_finished(config, run)):
             if accelerator.is_main_process:
-                logger.info("%s holds this run, finished; --overwrite_output_dir would train again", self.output_dir)
+                logger.info("the run in %s has finished already; --overwrite_output_dir starts it over", self.output_dir)
             sys.exit()
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again. It is
         # {"step": , "value": }, the lower the better.

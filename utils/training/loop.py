@@ -165,7 +165,7 @@ def check_finite(accelerator: Accelerator, model: torch.nn.Module, num_updates: 
     if spoiled:
         accelerator.wait_for_everyone()  # when one process exits, the launcher kills the others
         raise UserError(
-            f"after {num_updates} updates {len(spoiled)} weight tensors are not finite, the first {spoiled[0]}: "
+            f"after update {num_updates} {len(spoiled)} weight tensors are not finite, the first {spoiled[0]}: "
             "nothing is exported; lower --learning_rate"
         )
 
@@ -188,6 +188,6 @@ def keep_last_good_model(
     check_finite(accelerator, model, num_updates, not_finite)
     if num_updates > 0:
         export_model(accelerator, model, tokenizer, folder)
-        what += f"; the model after {num_updates} updates is in {folder}"
+        what += f"; the model after update {num_updates} is in {folder}"
     accelerator.wait_for_everyone()  # when one process exits, the launcher kills the others
     raise UserError(what)

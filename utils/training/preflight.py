@@ -32,6 +32,7 @@ from utils.training.checkpoint_files import choose_checkpoint, identity_settings
 from utils.training.memory_estimate import MicroBatch, count_bytes, estimate_memory
 
 NUM_STEPS_PLANNED = 50
+FINISHED = "this run has finished already: the same command changes nothing"
 
 
 def report_preflight(
@@ -51,7 +52,8 @@ def report_preflight(
 
     def report():
         num_examples, num_steps = min(config.total_train_batch_size, len(train_data)), run["num_train_steps"]
-        lines = describe_start(accelerator, config, model, run)
+        place = describe_output_dir(config, run)
+        lines = describe_start(accelerator, config, model, place)
         lines += describe_data(config, {"train": train_data, "validation": validation_data})
         lines += describe_plan(config, micro_batches, num_examples, num_steps)
         memory_lines, needed = describe_memory(
@@ -64,7 +66,7 @@ def report_preflight(
                 "free for each; lower --per_device_train_batch_size, set --gradient_checkpointing, or see "
                 "accelerate_configs/ for sharding"
             )
-        verdict = "it cannot start: see the error" if problem else "it can start"
+        verdict = "it cannot start: see the error" if problem else FINISHED if place == FINISHED else "it can start"
         lines += [*memory_lines, *disk_lines, "", f"verdict     {verdict}"]
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
@@ -109,7 +111,7 @@ def measure_free_memory(accelerator: Accelerator, config: TrainingConfig) -> int
 
 
 def describe_start(
-    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, run: dict[str, Any]
+    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, output_dir: str
 ) -> list[str]:
     num_parameters, num_trained = count_parameters(model)
     place = "in the hub's cache" if is_at_hand(config.model_name_or_path) else "to be downloaded from the hub"
@@ -117,19 +119,21 @@ def describe_start(
         place = "a folder"
     device = f"a GPU of {config.assume_memory}, assumed" if config.assume_memory else accelerator.device.type
     machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    strategy = name_strategy(accelerator)
+    strategy = f"{strategy}, " if strategy != "NO" else ""
     return [
-        f"processes   {accelerator.num_processes} on {machines} machine{'s' * (machines > 1)}, "
-        f"{name_strategy(accelerator)}, {device}, --mixed_precision {config.mixed_precision}",
+        f"processes   {accelerator.num_processes} on {machines} machine{'s' * (machines > 1)}, {strategy}{device}, "
+        f"--mixed_precision {config.mixed_precision}",
         f"model       {config.model_name_or_path}, {model.config.model_type}, {place}",
         f"parameters  {num_parameters:,}, of which {num_trained:,} are trained ({num_trained / num_parameters:.2%})",
-        f"output_dir  {config.output_dir}: {describe_output_dir(config, run)}",
+        f"output_dir  {config.output_dir}: {output_dir}",
     ]
 
 
 def describe_output_dir(config: TrainingConfig, run: dict[str, Any]) -> str:
     """UserError for a checkpoint that is damaged or of another run, but for the weights that it started from."""
     if is_finished(config, identity_settings(config) | run, unknown=("model_fingerprint",)):
-        return "holds this run, finished: the same command would do nothing"
+        return FINISHED
     if config.resume_from_checkpoint:
         found = choose_checkpoint(config, identity_settings(config) | run, unknown=("model_fingerprint",))
         if found:
