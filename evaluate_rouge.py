@@ -28,7 +28,7 @@ from utils.launch.locks import lock_folder, lock_output_dir
 from utils.launch.output_dir import check_output_dir
 from utils.launch.processes import call_on_main, start_evaluation
 from utils.launch.script import run_script
-from utils.scoring.bertscore import describe_encoder
+from utils.scoring.metrics.bertscore import describe_encoder
 from utils.scoring.predictions import hash_predictions, load_predictions
 from utils.scoring.report import add_to_cards, show_report
 from utils.scoring.results import is_finished, write_results

@@ -15,22 +15,22 @@ if __name__ == "__main__":
 
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
+from utils.execution.compiled import compile_blocks
+from utils.execution.fused import fuse
+from utils.execution.passes import allow_unused_weights
+from utils.execution.strategies import start_accelerator
 from utils.launch.output_dir import check_output_dir
 from utils.launch.script import run_script
-from utils.modeling.compiled import compile_blocks
 from utils.modeling.export import export_model
 from utils.modeling.families import check_trainable
-from utils.modeling.fused import fuse
 from utils.modeling.generation_config import set_generation_config
 from utils.modeling.loading import check_sizes, load_tokenizer
 from utils.modeling.lora import add_lora, load_frozen_base, merge_adapter, use_settings_of_adapter
-from utils.modeling.passes import allow_unused_weights
-from utils.modeling.strategies import start_accelerator
-from utils.training.batch_size import choose_batch_size
 from utils.training.checkpointing import Checkpointer
 from utils.training.loop import train
 from utils.training.optimization import build_lr_scheduler, build_optimizer
-from utils.training.preflight import report_preflight
+from utils.training.resources.batch_size import choose_batch_size
+from utils.training.resources.preflight import report_preflight
 from utils.training.tracking import describe_run, finish_run, start_run
 
 

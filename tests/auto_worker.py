@@ -15,7 +15,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import TrainingConfig
-from utils.training import batch_size
+from utils.training.resources import batch_size
 
 EXAMPLE, REST = 100, 1000  # bytes
 peaks = iter((REST, REST + EXAMPLE, REST + 2 * EXAMPLE, REST + 3 * EXAMPLE))  # of passes with 1, 1, 2 and 3 examples

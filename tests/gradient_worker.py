@@ -15,9 +15,9 @@ from utils.data.batching import measure_lengths, plan_steps, select_examples
 from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
+from utils.execution.strategies import start_accelerator
 from utils.launch.processes import leave_process_group
 from utils.modeling.loading import load_model, load_tokenizer
-from utils.modeling.strategies import start_accelerator
 from utils.training.step import compute_gradient
 
 

@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peak_memory_worker import return_freed_memory
 
 from utils.config import TrainingConfig
+from utils.execution.sharding import gather_tensor
+from utils.execution.strategies import start_accelerator
 from utils.launch.processes import leave_process_group
-from utils.modeling.loading import count_parameters, load_model
-from utils.modeling.sharding import gather_tensor
-from utils.modeling.strategies import start_accelerator
+from utils.modeling.loading import load_model
+from utils.modeling.shapes import count_parameters
 
 
 def peak() -> float:

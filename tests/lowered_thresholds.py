@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.modeling import strategies
+from utils.execution import strategies
 
 DEEPSPEED = {  # in numbers of parameters
     "stage3_param_persistence_threshold": 0,

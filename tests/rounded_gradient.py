@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.modeling import passes
+from utils.execution import passes
 from utils.training import step
 
 backward, clip_gradient = step.backward, passes.clip_gradient

@@ -35,7 +35,7 @@ from utils.launch.locks import lock_folder
 from utils.launch.output_dir import check_output_dir, set_aside
 from utils.launch.script import run_script
 from utils.prompting import build_prompt
-from utils.scoring.rouge import METRICS, score_texts
+from utils.scoring.metrics.rouge import METRICS, score_texts
 
 SCRIPTS = {
     "train_full": (train_full.main, TrainingConfig),

@@ -18,9 +18,9 @@ from utils.config import TrainingConfig, UserError
 from utils.data.batching import measure_lengths
 from utils.data.tokens import tokenize_rows
 from utils.modeling.loading import load_model, load_tokenizer
-from utils.training import batch_size
-from utils.training.batch_size import USED_SHARE, count_fitting, estimate_fitting, find_batch_size
-from utils.training.memory_estimate import LiveBytes, MicroBatch, count_bytes, estimate_memory
+from utils.training.resources import batch_size
+from utils.training.resources.batch_size import USED_SHARE, count_fitting, estimate_fitting, find_batch_size
+from utils.training.resources.memory_estimate import LiveBytes, MicroBatch, count_bytes, estimate_memory
 
 
 class FakeGpu:

@@ -22,10 +22,10 @@ from transformers import (
     RobertaTokenizer,
 )
 
-import utils.scoring.bertscore
+import utils.scoring.metrics.bertscore
 from utils.config import EvaluationConfig, UserError
-from utils.scoring.bertscore import choose_layer, describe_encoder, estimate_bertscore, load_encoder
-from utils.scoring.bertscore import score_with_encoder as score
+from utils.scoring.metrics.bertscore import choose_layer, describe_encoder, estimate_bertscore, load_encoder
+from utils.scoring.metrics.bertscore import score_with_encoder as score
 
 CPU = torch.device("cpu")
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
@@ -89,8 +89,8 @@ def test_batches_do_not_matter(encoders, monkeypatch):
     references = [[row["summary"].lower(), row["dialogue"][:50]] for row in make_rows(40)]
     texts = {"m": [row[0][:30] for row in references], "n": [row[1] for row in references]}
     whole = score(encoder, texts, references, CPU)
-    monkeypatch.setattr(utils.scoring.bertscore, "CHUNK_SIZE", 3)
-    monkeypatch.setattr(utils.scoring.bertscore, "BATCH_SIZE", 2)
+    monkeypatch.setattr(utils.scoring.metrics.bertscore, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(utils.scoring.metrics.bertscore, "BATCH_SIZE", 2)
     for name, values in score(encoder, texts, references, CPU).items():
         assert np.allclose(np.array(values), np.array(whole[name]), rtol=0, atol=2e-6)
 
@@ -127,7 +127,7 @@ def test_the_layer(encoders):
 
 def test_it_is_an_extra(encoders, monkeypatch):
     assert describe_encoder(EvaluationConfig()) is None
-    monkeypatch.setattr(utils.scoring.bertscore.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(utils.scoring.metrics.bertscore.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="bert_score is not installed; pip install -r requirements-bertscore.txt"):
         load_encoder(EvaluationConfig(bertscore=str(encoders / "bert"), bertscore_num_layers=2))
     for settings, message in (
@@ -150,7 +150,7 @@ def test_encoders_that_cannot_be_used(encoders, tmp_path, monkeypatch):
     assert [len(load(tmp_path / "bart", number).model.layers) for number in (1, 2)] == [1, 2]
     with monkeypatch.context() as patch, pytest.raises(UserError, match="a bert cannot be cut to 2 layers here"):
         whole = AutoModel.from_pretrained(encoders / "bert")
-        patch.setattr(utils.scoring.bertscore, "load_quietly", lambda name, settings: (whole, set()))
+        patch.setattr(utils.scoring.metrics.bertscore, "load_quietly", lambda name, settings: (whole, set()))
         load(encoders / "bert", 2)
     short = shutil.copytree(encoders / "bert", tmp_path / "short")
     settings = json.loads((short / "tokenizer_config.json").read_text())

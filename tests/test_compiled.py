@@ -19,9 +19,9 @@ import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.batching import collate
 from utils.data.prefetch import move_batch
-from utils.modeling import compiled
-from utils.modeling.compiled import compile_blocks
-from utils.modeling.fused import fuse
+from utils.execution import compiled
+from utils.execution.compiled import compile_blocks
+from utils.execution.fused import fuse
 from utils.modeling.loading import load_model
 from utils.training.step import compute_gradient
 

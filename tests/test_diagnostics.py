@@ -2,8 +2,8 @@
 
 import pytest
 
-from utils.scoring.diagnostics import describe_text, describe_texts, find_fragments
-from utils.scoring.words import split_words
+from utils.scoring.metrics.diagnostics import describe_text, describe_texts, find_fragments
+from utils.scoring.metrics.words import split_words
 
 DIALOGUE = "#Person1#: The cat sat on the mat. #Person2#: Where did the dog sit?"
 

@@ -24,9 +24,9 @@ import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.batching import collate
 from utils.data.prefetch import move_batch
+from utils.execution.passes import find_unused
 from utils.modeling.families import check_trainable, has_tied_head
 from utils.modeling.loading import load_model
-from utils.modeling.passes import find_unused
 from utils.prompting import build_prompt
 from utils.training.step import compute_target_logits
 

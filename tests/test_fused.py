@@ -17,8 +17,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 from utils.config import TrainingConfig
 from utils.data.batching import collate
 from utils.data.prefetch import move_batch
-from utils.modeling import fused
-from utils.modeling.fused import FUSED, FusedDropout, attend_on_cpu, fuse
+from utils.execution import fused
+from utils.execution.fused import FUSED, FusedDropout, attend_on_cpu, fuse
 from utils.training.step import compute_gradient
 
 SHAPE = {"vocab_size": 100, "d_model": 48, "d_kv": 16, "num_heads": 3, "d_ff": 96, "num_layers": 3}

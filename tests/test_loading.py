@@ -18,8 +18,9 @@ from utils.config import LoraTrainingConfig, UserError
 from utils.files import raise_disk_errors
 from utils.modeling.export import compare_with_folder, export_model, save_tokenizer
 from utils.modeling.families import check_head
-from utils.modeling.loading import count_parameters, load_model, load_tokenizer
+from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.lora import add_lora
+from utils.modeling.shapes import count_parameters
 
 
 @pytest.mark.slow

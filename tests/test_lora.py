@@ -21,11 +21,12 @@ import train_lora
 import utils.modeling.lora
 from utils.config import LoraTrainingConfig, UserError
 from utils.modeling.families import record_head
-from utils.modeling.loading import count_parameters, count_saved_by_4bit, load_model
+from utils.modeling.loading import load_model
 from utils.modeling.lora import add_lora, check_4bit, load_frozen_base
+from utils.modeling.shapes import count_parameters, count_saved_by_4bit
 from utils.training.checkpoint_files import fingerprint_model
-from utils.training.memory_estimate import count_bytes
 from utils.training.optimization import build_lr_scheduler, build_optimizer
+from utils.training.resources.memory_estimate import count_bytes
 
 VARIANTS = {
     "rslora": {"use_rslora": True},

@@ -13,11 +13,11 @@ from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM
 
 from utils.config import TrainingConfig
-from utils.modeling.fused import fuse
+from utils.execution.fused import fuse
 from utils.modeling.loading import load_model
-from utils.training import assumed_gpu
-from utils.training.assumed_gpu import cuda_kernels
-from utils.training.memory_estimate import (
+from utils.training.resources import assumed_gpu
+from utils.training.resources.assumed_gpu import cuda_kernels
+from utils.training.resources.memory_estimate import (
     LiveBytes,
     MicroBatch,
     count_bytes,

@@ -22,8 +22,8 @@ from transformers import (
 import train_full
 import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
-from utils.modeling.loading import count_parameters
 from utils.modeling.lora import add_lora
+from utils.modeling.shapes import count_parameters
 from utils.prompting import build_prompt
 
 TARGETS = {"t5": ["q", "v"], "t5-v1_1": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"]}

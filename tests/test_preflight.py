@@ -165,7 +165,9 @@ def test_a_disk_too_small_for_the_merged_model(flan_t5, data_files, tmp_path, sm
 
 
 def test_memory_too_small(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.training.preflight.measure_free_memory", lambda accelerator, config: 1_000_000)
+    monkeypatch.setattr(
+        "utils.training.resources.preflight.measure_free_memory", lambda accelerator, config: 1_000_000
+    )
     with pytest.raises(UserError, match="out of memory: .* need .* MB, and 1 MB are free .*--gradient_checkpointing"):
         start()
     assert os.listdir(tmp_path) == []

@@ -12,9 +12,9 @@ from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
 import evaluate_rouge
 from utils.config import EvaluationConfig, UserError
 from utils.scoring.html_report import build_page, collect_data, escape_json
+from utils.scoring.metrics.rouge import METRICS, compare_models
 from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.results import read_training
-from utils.scoring.rouge import METRICS, compare_models
 from utils.scoring.tables import Table, build_differences, build_unsupported, describe_differences
 
 HOSTILE = (

@@ -8,9 +8,9 @@ import pytest
 from conftest import DIALOGSUM, make_rows
 from rouge_score.rouge_scorer import RougeScorer
 
-from utils.scoring import rouge
-from utils.scoring.rouge import METRICS, PROTOCOLS, compare_models, score_texts, split_sentences
-from utils.scoring.significance import correct_for_number
+from utils.scoring.metrics import rouge
+from utils.scoring.metrics.rouge import METRICS, PROTOCOLS, compare_models, score_texts, split_sentences
+from utils.scoring.metrics.significance import correct_for_number
 
 REFERENCES = [
     ["the cat sat on the mat", "a cat sat"],

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from benchmarks.simulate_differences import simulate
 
-from utils.scoring import significance
-from utils.scoring.rouge import METRICS, compare_models
-from utils.scoring.significance import (
+from utils.scoring.metrics import significance
+from utils.scoring.metrics.rouge import METRICS, compare_models
+from utils.scoring.metrics.significance import (
     NUM_DRAWS,
     compare_means,
     correct_for_number,

@@ -37,11 +37,11 @@ from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
+from utils.execution.passes import clip_gradient
+from utils.execution.strategies import start_accelerator
 from utils.launch.script import run
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.lora import add_lora
-from utils.modeling.passes import clip_gradient
-from utils.modeling.strategies import start_accelerator
 from utils.prompting import build_prompt
 from utils.training.step import compute_gradient
 from utils.training.tracking import start_run

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.scoring.html_report import name_unsupported
-from utils.scoring.unsupported import (
+from utils.scoring.metrics.unsupported import (
     find_all_unsupported,
     find_numbers,
     find_ordinary,

@@ -20,9 +20,9 @@ import train_full
 from utils.config import EvaluationConfig, TrainingConfig
 from utils.data.unknown import count_unknown, describe_unknown
 from utils.modeling.loading import load_tokenizer
-from utils.scoring.diagnostics import describe_notes
-from utils.scoring.rouge import METRICS, score_texts
-from utils.scoring.words import UnicodeTokenizer, share_unseen, split_words
+from utils.scoring.metrics.diagnostics import describe_notes
+from utils.scoring.metrics.rouge import METRICS, score_texts
+from utils.scoring.metrics.words import UnicodeTokenizer, share_unseen, split_words
 
 T5_TOKENIZER = Path(__file__).resolve().parent.parent.parent / "shared" / "t5-tokenizer"
 

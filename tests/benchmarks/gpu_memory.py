@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from utils.config import LoraTrainingConfig, TrainingConfig
-from utils.modeling.fused import fuse
+from utils.execution.fused import fuse
 from utils.modeling.lora import add_lora
-from utils.training.assumed_gpu import assumed_free_memory
-from utils.training.batch_size import estimate_fitting
+from utils.training.resources.assumed_gpu import assumed_free_memory
+from utils.training.resources.batch_size import estimate_fitting
 
 SIZES = ("8GB", "16GB", "24GB", "40GB", "80GB")
 SHAPES = {  # d_model, d_ff, layers, heads of google/flan-t5-*

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.scoring.significance import compare_means, correct_for_number, exchange_signs
+from utils.scoring.metrics.significance import compare_means, correct_for_number, exchange_signs
 
 SIZES = (10, 20, 30, 40, 50, 100, 500)
 FAMILY = 12  # comparisons: those of three models by four metrics

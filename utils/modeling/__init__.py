@@ -1,1 +1,1 @@
-"""Models: load and check them, LoRA, what DeepSpeed and FSDP2 do otherwise, the export."""
+"""Models: load and check them, LoRA, the export."""

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import UserError
+from utils.execution.sharding import gather_tensor, without_zero3
 from utils.files import flush_to_disk, make_folder, move_files, raise_disk_errors, write_json
 from utils.launch.output_dir import UNCHECKED, find_checkpoints
 from utils.launch.times import timed
 from utils.modeling.families import record_head
-from utils.modeling.sharding import gather_tensor, without_zero3
 
 logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "adapter_config.json")

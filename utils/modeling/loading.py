@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, check that they are what they should be, count parameters."""
+"""Load a model and its tokenizer, and check that they are what they should be."""
 
 import json
 import logging
@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from utils.config import EvaluationConfig, TrainingConfig, UserError
+from utils.execution.sharding import gather_tensor, zero3_loads_in
 from utils.launch.hub import explain_hub_errors
 from utils.launch.times import timed
 from utils.modeling.families import (
@@ -37,7 +38,6 @@ from utils.modeling.families import (
 )
 from utils.modeling.generation_config import read_settings, set_generation_rules
 from utils.modeling.shapes import load_shapes
-from utils.modeling.sharding import gather_tensor, whole_shape, zero3_loads_in
 
 logger = logging.getLogger(__name__)
 SECONDS_FOR_PATTERNS = 5
@@ -221,46 +221,3 @@ def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
             positions -= model.active_peft_config.num_virtual_tokens
         if getattr(config, name, 0) > positions:
             raise UserError(f"--{name} {getattr(config, name)}: the model takes {positions} tokens at most")
-
-
-def logical_shape(parameter: torch.Tensor) -> torch.Size:
-    """Of the weight that a parameter stands for: 4-bit ones are packed, two to a byte."""
-    quant_state = getattr(parameter, "quant_state", None)
-    return quant_state.shape if quant_state else whole_shape(parameter)
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters, a shared one counted once."""
-    sizes = [(logical_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-
-
-def count_saved_by_4bit(model: PreTrainedModel | PeftModel) -> int:
-    """Bytes that --load_in_4bit saves of a model loaded without: bitsandbytes packs two weights into a byte, with an
-    fp32 scale for each 64. It packs linear layers, but not the head nor those that the model wants in fp32."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head, kept, saved = base.get_output_embeddings(), set(base._keep_in_fp32_modules or ()), 0
-    for name, module in base.named_modules():
-        is_packed = module is not head and "lora_" not in name and not kept & set(name.split("."))
-        if isinstance(module, torch.nn.Linear) and is_packed:
-            saved += module.weight.nbytes - module.weight.numel() * 9 // 16
-    return saved
-
-
-def count_flops_per_token(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
-    """Floating-point operations of one training step per (source token, target token).
-
-    2 per weight of a matrix for the forward pass, 2 for the gradient of its input and, where it is trained, 2 for its
-    own (Kaplan et al. 2020, section 2.1); the encoder's weights for source tokens, all others for target tokens, also
-    cross-attention's keys and values, which really see the longer sources. Left out are the embedding's look-up and
-    attention's products of activations: a low estimate. And padding, so that computing more of it is not speed.
-    """
-    encoder, embedding = set(model.get_encoder().parameters()), model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    flops = {True: 0, False: 0}
-    for parameter in model.parameters():
-        shape = logical_shape(parameter)
-        if len(shape) == 2 and (parameter is not embedding or parameter is head):
-            is_source = parameter in encoder and parameter is not head
-            flops[is_source] += (6 if parameter.requires_grad else 4) * shape.numel()
-    return flops[True], flops[False]

@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from utils.config import LoraTrainingConfig, UserError
+from utils.execution.sharding import without_zero3
+from utils.execution.strategies import is_sharded
 from utils.files import make_folder, write_json
 from utils.launch.hub import explain_hub_errors
 from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
@@ -21,8 +23,6 @@ from utils.modeling.export import write_model
 from utils.modeling.families import shift_targets
 from utils.modeling.generation_config import read_settings, set_generation_config
 from utils.modeling.loading import check_adapter, check_folder, check_patterns, load_model
-from utils.modeling.sharding import without_zero3
-from utils.modeling.strategies import is_sharded
 from utils.prompting import find_prompt
 
 logger = logging.getLogger(__name__)

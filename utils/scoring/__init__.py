@@ -1,1 +1,1 @@
-"""From texts to ROUGE, results.json and the reports."""
+"""From texts to results.json and the reports."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import vl_convert
 
-from utils.scoring.rouge import METRICS, PROTOCOLS
+from utils.scoring.metrics.rouge import METRICS, PROTOCOLS
+from utils.scoring.metrics.words import split_words
 from utils.scoring.tables import ENOUGH_DIALOGUES, Table, build_tables, judge, pair_comparisons
-from utils.scoring.words import split_words
 
 PAGE = Path(__file__).parent / "report_page"
 SCRIPTS = ("basics", "drawing", "charts", "dialogues", "view")  # in this order: the last one starts them

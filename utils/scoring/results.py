@@ -16,12 +16,12 @@ from utils.generation.summaries import load_models
 from utils.launch.output_dir import RESULTS, read_finished
 from utils.launch.processes import call_on_main
 from utils.launch.script import describe_software
-from utils.scoring.bertscore import describe_encoder, estimate_bertscore, load_encoder, score_with_encoder
-from utils.scoring.diagnostics import describe_notes, describe_texts
+from utils.scoring.metrics.bertscore import describe_encoder, estimate_bertscore, load_encoder, score_with_encoder
+from utils.scoring.metrics.diagnostics import describe_notes, describe_texts
+from utils.scoring.metrics.rouge import compare_models, score_texts
+from utils.scoring.metrics.unsupported import find_all_unsupported, find_ordinary, share_unsupported
 from utils.scoring.predictions import hash_predictions
-from utils.scoring.rouge import compare_models, score_texts
 from utils.scoring.tables import describe_differences, is_current, pair_comparisons
-from utils.scoring.unsupported import find_all_unsupported, find_ordinary, share_unsupported
 
 logger = logging.getLogger(__name__)
 NUM_POINTS = 200  # of a curve in a report; longer ones are thinned

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any, NamedTuple
 
-from utils.scoring.rouge import METRICS, PROTOCOLS
+from utils.scoring.metrics.rouge import METRICS, PROTOCOLS
 
 ENOUGH_DIALOGUES = 40  # from there on p < .05 errs in .06 at most, for all kinds measured: tests/benchmarks/README.md
 LEVEL = 0.05

@@ -1,1 +1,1 @@
-"""The training loop: loss, optimizer and schedule, what fits into memory, checkpoints, --preflight."""
+"""The training loop: loss, optimizer and schedule, checkpoints, what is logged."""

@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from utils.config import TrainingConfig, UserError
+from utils.execution.sharding import gather_tensor
 from utils.files import describe_file, flush_to_disk, hash_value, hash_weights, raise_disk_errors
 from utils.launch.output_dir import UNFINISHED, describe_models, find_checkpoints, read_finished, step_of
-from utils.modeling.sharding import gather_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from utils.config import TrainingConfig, UserError
+from utils.execution.sharding import gather_moments, gather_tensor, set_moments, set_parameter
+from utils.execution.strategies import name_strategy
 from utils.files import write_file
 from utils.launch.locks import lock_output_dir
 from utils.launch.output_dir import UNFINISHED, find_checkpoints, has_checkpoint
 from utils.launch.processes import call_on_main
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
 from utils.launch.times import timed
-from utils.modeling.sharding import gather_moments, gather_tensor, set_moments, set_parameter
-from utils.modeling.strategies import name_strategy
 from utils.training.checkpoint_files import (
     CheckpointWriter,
     choose_checkpoint,
@@ -61,7 +61,9 @@ class Checkpointer:
         weakref.finalize(self, locks.close)
         if call_on_main(accelerator, lambda: is_finished(config, run)):
             if accelerator.is_main_process:
-                logger.info("the run in %s has finished already; --overwrite_output_dir starts it over", self.output_dir)
+                logger.info(
+                    "the run in %s has finished already; --overwrite_output_dir starts it over", self.output_dir
+                )
             sys.exit()
         # The best may be of a later step than the checkpoint: the resumed run reaches that step again. It is
         # {"step": , "value": }, the lower the better.

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import measure_lengths
 from utils.data.prefetch import load_steps
+from utils.execution.sharding import find_not_finite
 from utils.launch.stopping import StopRequest
 from utils.launch.times import timed
 from utils.modeling.export import export_model
 from utils.modeling.families import check_head
-from utils.modeling.sharding import find_not_finite
 from utils.training.checkpointing import Checkpointer
 from utils.training.optimization import num_train_steps
 from utils.training.step import train_step

@@ -8,7 +8,7 @@ from transformers import get_scheduler
 
 from utils.config import TrainingConfig
 from utils.data.batching import num_steps_per_epoch
-from utils.modeling.sharding import whole_shape
+from utils.execution.sharding import whole_shape
 
 
 def num_train_steps(config: TrainingConfig, num_examples: int) -> int:

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from utils.config import TrainingConfig
 from utils.data.prefetch import Step
+from utils.execution.passes import accumulate, backward, cast_weights_once, unwrap, update_weights
 from utils.modeling.families import takes_whole_mask
-from utils.modeling.passes import accumulate, backward, cast_weights_once, unwrap, update_weights
 
 
 def train_step(

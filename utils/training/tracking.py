@@ -16,14 +16,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.config import LoraTrainingConfig, TrainingConfig
 from utils.data.prefetch import Step
+from utils.execution.strategies import name_strategy
 from utils.files import append_line, hash_value, write_file, write_json
 from utils.launch.output_dir import MANIFEST, clear_output_dir, describe_models, is_in
 from utils.launch.script import describe_software
 from utils.launch.times import describe_times
 from utils.modeling.families import log_attention
-from utils.modeling.loading import count_flops_per_token, count_parameters
 from utils.modeling.model_card import write_model_card
-from utils.modeling.strategies import name_strategy
+from utils.modeling.shapes import count_flops_per_token, count_parameters
 from utils.training.optimization import num_train_steps
 
 logger = logging.getLogger(__name__)

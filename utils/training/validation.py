@@ -14,11 +14,11 @@ from utils.config import EvaluationConfig, TrainingConfig
 from utils.data.batching import measure_lengths, plan_pass
 from utils.data.micro_batches import launch_cost_on
 from utils.data.prefetch import load_batches
+from utils.execution.passes import evaluating
 from utils.generation.decoding import decode_batch
 from utils.generation.summaries import cut_batches, generate_texts
 from utils.launch.stopping import StopRequest
-from utils.modeling.passes import evaluating
-from utils.scoring.rouge import score_texts
+from utils.scoring.metrics.rouge import score_texts
 from utils.training.step import compute_target_logits, find_bad_examples
 
 NUM_SAMPLES = 3

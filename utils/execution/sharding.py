@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from utils.modeling.strategies import is_deepspeed
+from utils.execution.strategies import is_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 
 from utils.config import EvaluationConfig
-from utils.scoring.words import share_unseen, split_words
+from utils.scoring.metrics.words import share_unseen, split_words
 
 LEAST_UNSEEN = 0.01  # share of the letters that is worth a sentence
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from utils.config import TrainingConfig, parse_memory
-from utils.modeling import fused
+from utils.execution import fused
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA and its libraries take of a GPU before PyTorch does: 0.3 to 0.6 GB
 MASK_ALIGNMENT = 8  # elements, of the strides of an attention mask

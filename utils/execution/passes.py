@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from utils.modeling.strategies import is_deepspeed, is_sharded
+from utils.execution.strategies import is_deepspeed, is_sharded
 
 NORM_PIECE = 2**14  # elements
 

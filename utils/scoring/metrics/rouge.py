@@ -18,8 +18,8 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm.auto import tqdm
 
-from utils.scoring.significance import compare_means, estimate_means
-from utils.scoring.words import UnicodeTokenizer
+from utils.scoring.metrics.significance import compare_means, estimate_means
+from utils.scoring.metrics.words import UnicodeTokenizer
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 PROTOCOLS = ("average", "max", "first")

@@ -21,15 +21,14 @@ from accelerate.utils import gather_object
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import measure_lengths, plan_pass, plan_steps, round_up
 from utils.data.micro_batches import launch_cost_on
+from utils.execution.strategies import name_strategy
 from utils.launch.output_dir import find_existing, find_run_files
 from utils.launch.processes import call_on_main
-from utils.modeling.loading import count_parameters
-from utils.modeling.shapes import is_at_hand
-from utils.modeling.strategies import name_strategy
-from utils.training.assumed_gpu import assumed_free_memory, estimated_device
-from utils.training.batch_size import estimate_batch_size
+from utils.modeling.shapes import count_parameters, is_at_hand
 from utils.training.checkpoint_files import choose_checkpoint, identity_settings, is_finished
-from utils.training.memory_estimate import MicroBatch, count_bytes, estimate_memory
+from utils.training.resources.assumed_gpu import assumed_free_memory, estimated_device
+from utils.training.resources.batch_size import estimate_batch_size
+from utils.training.resources.memory_estimate import MicroBatch, count_bytes, estimate_memory
 
 NUM_STEPS_PLANNED = 50
 FINISHED = "this run has finished already: the same command changes nothing"

@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import collate, measure_lengths, round_up
 from utils.data.prefetch import move_batch
+from utils.execution.passes import accumulate, backward
+from utils.execution.sharding import whole_shape
+from utils.execution.strategies import is_deepspeed, is_sharded
 from utils.launch.times import timed
-from utils.modeling.passes import accumulate, backward
-from utils.modeling.sharding import whole_shape
-from utils.modeling.strategies import is_deepspeed, is_sharded
-from utils.training.assumed_gpu import estimated_device
-from utils.training.memory_estimate import MicroBatch, estimate_memory, find_offloaded
+from utils.training.resources.assumed_gpu import estimated_device
+from utils.training.resources.memory_estimate import MicroBatch, estimate_memory, find_offloaded
 from utils.training.step import compute_target_logits, compute_training_losses
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from utils.files import hash_value, hash_weights
 from utils.generation.partial_texts import describe_tokenizer
 from utils.launch.hub import explain_hub_errors
 from utils.modeling.loading import check_folder, load_tokenizer
-from utils.scoring.rouge import PROTOCOLS, sum_by_dialogue
-from utils.scoring.significance import estimate_means
+from utils.scoring.metrics.rouge import PROTOCOLS, sum_by_dialogue
+from utils.scoring.metrics.significance import estimate_means
 
 CHUNK_SIZE = 16  # dialogues whose texts are embedded together, of all models
 BATCH_SIZE = 32  # texts in a forward pass

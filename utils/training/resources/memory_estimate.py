@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from utils.config import TrainingConfig
-from utils.modeling.loading import count_saved_by_4bit
-from utils.modeling.strategies import is_deepspeed, is_sharded, name_strategy
-from utils.training.assumed_gpu import cuda_kernels, estimated_device
+from utils.execution.strategies import is_deepspeed, is_sharded, name_strategy
+from utils.modeling.shapes import count_saved_by_4bit
+from utils.training.resources.assumed_gpu import cuda_kernels, estimated_device
 from utils.training.step import compute_target_logits, compute_training_losses
 
 # What is held between two updates; of other strategies all but the gradients.

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
 from utils.config import TrainingConfig, UserError
-from utils.modeling.fused import FusedT5Attention
-from utils.modeling.strategies import is_sharded
+from utils.execution.fused import FusedT5Attention
+from utils.execution.strategies import is_sharded
 
 NUM_GRAPHS = 32  # of one function, more than a training needs: after PyTorch's 8 it would run uncompiled, silently
 

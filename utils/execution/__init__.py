@@ -1,0 +1,1 @@
+"""How a model runs: DeepSpeed and FSDP2, forward and backward passes, fused functions, compiled blocks."""
