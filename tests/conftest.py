@@ -1,7 +1,7 @@
 """What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them."""
 
-import atexit
 import functools
+import hashlib
 import json
 import os
 import random
@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if "TESTS_FOLDER" not in os.environ:  # pytest's workers are given it by the process that starts them
+    TESTS_FOLDER = tempfile.TemporaryDirectory(dir="/tmp")  # short: a socket's path must fit into 100 characters
+    os.environ |= {"TESTS_FOLDER": TESTS_FOLDER.name, "TESTS_PROCESS": str(os.getpid())}
 # The libraries read these when they are imported: the tests leave the user's caches and the network alone.
-HF_HOME = tempfile.TemporaryDirectory()
-os.environ |= {"HF_HOME": HF_HOME.name, "HF_HUB_OFFLINE": "1"}
+os.environ |= {"HF_HOME": f"{os.environ['TESTS_FOLDER']}/huggingface", "HF_HUB_OFFLINE": "1"}
 os.environ["PATH"] = (
     f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # accelerate, also of an inactive venv
 )
@@ -185,19 +187,21 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
 
 @functools.cache
 def start_warm_server(**environment: str) -> str:
-    """The socket of a warm.py server, which is started once for each environment and ends with this process.
+    """The socket of a warm.py server, which is started once for each environment, for all of pytest's workers, and
+    ends with the process that started them.
 
     Args:
         environment: what the libraries read when they are imported.
     """
-    path = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # short: it must fit into 100 characters
-    server = subprocess.Popen(
-        [sys.executable, "tests/warm.py", "serve", path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"} | environment,
-    )  # fmt: skip
-    atexit.register(shutil.rmtree, path.parent)
-    atexit.register(server.kill)
-    assert "ready\n" in iter(server.stdout.readline, "")
+    name = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:16]
+    path = Path(os.environ["TESTS_FOLDER"]) / name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            server = subprocess.Popen(
+                [sys.executable, "tests/warm.py", "serve", path, os.environ["TESTS_PROCESS"]], cwd=REPOSITORY,
+                env=os.environ | {"DS_ACCELERATOR": "cpu"} | environment, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            assert "ready\n" in iter(server.stdout.readline, "")
     return str(path)
 
 

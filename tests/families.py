@@ -114,15 +114,15 @@ def find_targets(model: torch.nn.Module) -> list[str]:
 
 
 def decode_here_and_there(
-    folder: Path, stock: Path | None = None, **settings
+    folder: Path, stock: Path | None = None, num_dialogues: int = 12, **settings
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Twelve dialogues' tokens: of our decoding in one batch, and of stock generate() one by one.
+    """Dialogues' tokens: of our decoding in one batch, and of stock generate() one by one.
 
     Args:
         stock: a folder for the latter, if it is another.
     """
     config = EvaluationConfig(max_new_tokens=20, **settings)
-    rows, tokenizer = make_rows(12, seed=3), load_tokenizer(str(folder))
+    rows, tokenizer = make_rows(num_dialogues, seed=3), load_tokenizer(str(folder))
     prompts = sorted(tokenizer([build_prompt(row["dialogue"]) for row in rows]).input_ids, key=len, reverse=True)
     here = [ids for ids, _ in decode_batch(load_model(str(folder), "sdpa", torch.float32).eval(), prompts, config)]
     model = AutoModelForSeq2SeqLM.from_pretrained(stock or folder).eval()

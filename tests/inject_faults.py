@@ -174,8 +174,12 @@ def inject(
         return compare(folder, expected, fault, text if fault in ("EIO", "ENOSPC") and status == 0 else "")
 
 
-def inject_faults(folder: Path, faults: list[str], commands: list[str], every: int, first: int) -> tuple[dict, list]:
-    """(how often what happened, by command and fault; each harm that was done)."""
+def inject_faults(folder: Path, faults: dict[str, tuple[int, int]], commands: list[str]) -> tuple[dict, list]:
+    """(how often what happened, by command and fault; each harm that was done).
+
+    Args:
+        faults: the first operation that each happens at, and the distance to the next.
+    """
     write_flan_t5(folder / "model")
     write_rows(folder / "train.jsonl", make_rows(40))
     write_rows(folder / "validation.jsonl", make_rows(9, seed=1))
@@ -187,7 +191,7 @@ def inject_faults(folder: Path, faults: list[str], commands: list[str], every: i
             assert run(order | {"count_to": str(folder / "count")}) == 0, (folder / "log").read_text()
             (folder / "run").rename(folder / name)
             num_operations = int((folder / "count").read_text())
-            for fault in faults:
+            for fault, (first, every) in faults.items():
                 table[name, fault] = counts = Counter({"operations": num_operations})
                 for number in range(first, num_operations + 1, every):
                     counts["runs"] += 1
@@ -207,7 +211,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        table, harms = inject_faults(Path(folder), options.fault, options.command, options.every, options.first)
+        faults = dict.fromkeys(options.fault, (options.first, options.every))
+        table, harms = inject_faults(Path(folder), faults, options.command)
     columns = ("operations", "runs", "killed", "ended with a line", "survived", "failed")
     sys.stdout.write(f"| command | fault | {' | '.join(columns)} |\n|---|---|{'--:|' * len(columns)}\n")
     for (name, fault), counts in table.items():

@@ -110,18 +110,19 @@ def test_a_training(without_kernels, data_files, tmp_path, script, config_class,
 
 @pytest.mark.slow
 def test_two_processes(data_files, tmp_path):
-    """The gradient is that of one process, where DDP exchanges it."""
+    """The gradient, where DDP exchanges it, is that of one process that compiles nothing."""
     write_flan_t5(tmp_path / "model", dropout_rate=0.0)
     words = [
-        "tests/without_kernels.py", "train_full.py", "--model_name_or_path", tmp_path / "model", "--train_file",
+        "train_full.py", "--model_name_or_path", tmp_path / "model", "--train_file",
         data_files["train"], "--max_train_steps", 2, "--total_train_batch_size", 16, "--logging_steps", 1,
-        "--per_device_train_batch_size", 4, "--mixed_precision", "no", "--compile", "true",
+        "--per_device_train_batch_size", 4, "--mixed_precision", "no", "--output_dir",
     ]  # fmt: skip
+    compiled = ["tests/without_kernels.py", *words, tmp_path / "compiled", "--compile", "true"]
     records = []
-    for num_processes in (1, 2):
-        folder = tmp_path / str(num_processes)
-        run = run_script(*words, "--output_dir", folder, num_processes=num_processes)
+    for num_processes, command in ((1, [*words, tmp_path / "plain"]), (2, compiled)):
+        run = run_script(*command, num_processes=num_processes)
         assert run.returncode == 0, run.stderr
+        folder = tmp_path / ("plain" if num_processes == 1 else "compiled")
         records.append([(line["loss"], line["grad_norm"]) for line in read_jsonl(folder / "metrics.jsonl")])
     for ours, expected in zip(*records, strict=True):
         assert ours == pytest.approx(expected, rel=1e-5)

@@ -1,16 +1,18 @@
 """Run a script in a fork of a process that has imported the libraries already. Importing them takes several times as
 long as the work of most tests.
 
-    python tests/warm.py serve SOCKET                      import them, and fork for each of the following
+    python tests/warm.py serve SOCKET PID                  import them, and fork for each of the following until the
+                                                           process PID ends
     WARM_SOCKET=SOCKET python tests/warm.py train_full.py ...
     WARM_SOCKET=SOCKET python tests/warm.py -m torch.distributed.run ... tests/warm.py train_full.py ...
 
 The fork takes over the caller's arguments, environment, working directory and standard streams; the caller's signals
-are passed on to it, and its exit code becomes the caller's. Do not use it to test import-time behaviour, the memory of
-a whole process, or a script's parent processes.
+are passed on to it, and its exit code becomes the caller's. At its end it leaves out freeing its modules, which would
+take half a second. Do not use it to test import-time behaviour, the memory of a whole process, a script's parent
+processes, or the very end of one.
 """
 
-import ctypes
+import atexit
 import gc
 import importlib
 import io
@@ -27,6 +29,7 @@ IMPORTED = (
     "accelerate.commands.accelerate_cli",
     # What the libraries and scripts import only when they need it.
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "torch.utils.cpp_extension",
+    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3",
     "matplotlib.figure", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -57,11 +60,17 @@ def import_libraries():
     figure.subplots().set_title("fonts")
     figure.savefig(io.BytesIO())
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("t5")
+    # torchrun asks eighteen times who has called it, which takes the longer the more modules there are.
+    sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda: "method"
 
 
-def serve(path: str) -> dict:
-    """Fork for each that asks; returns, in the forks alone, what they are to run."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the tests, however they end
+def serve(path: str, owner: int) -> dict:
+    """Fork for each that asks; returns, in the forks alone, what they are to run.
+
+    Args:
+        owner: the process with which this one ends, however that ends.
+    """
+    owner_ended = os.pidfd_open(owner)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -70,11 +79,14 @@ def serve(path: str) -> dict:
     print("ready", flush=True)  # noqa: T201
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
+        if owner_ended in select.select([listener, owner_ended], [], [])[0]:
+            sys.exit()
         connection, _ = listener.accept()
         if os.fork() == 0:
             break
         connection.close()
     listener.close()
+    os.close(owner_ended)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, _, _ = socket.recv_fds(connection, 8, 3)
     job = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
@@ -101,6 +113,28 @@ def watch(connection: socket.socket, fork: int):
     os._exit(0)
 
 
+def end(status: dict[str, int]):
+    """The last that Python calls at a process's end, after its threads and all other such functions."""
+    if "code" in status:
+        for stream in (sys.stdout, sys.stderr):
+            if stream and not stream.closed:
+                stream.flush()
+        os._exit(status["code"])
+
+
+def run_to_the_end(job: dict, status: dict[str, int]):
+    """Run the job, and have `end` know its exit code. A KeyboardInterrupt has none: Python itself ends with it."""
+    try:
+        run(**job)
+        status["code"] = 0
+    except SystemExit as stop:
+        status["code"] = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    except Exception:
+        status["code"] = 1
+        raise
+
+
 def run(argv: list[str], environment: dict[str, str], folder: str):
     os.environ.clear()
     os.environ.update(environment)
@@ -119,6 +153,8 @@ if __name__ == "__main__":
     if sys.argv[1] != "serve":
         run_in_fork()
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    status = {}
+    atexit.register(end, status)  # before those of the libraries: the first is called last
     import_libraries()
     del sys.path[0]
-    run(**serve(sys.argv[2]))
+    run_to_the_end(serve(sys.argv[2], int(sys.argv[3])), status)

@@ -26,7 +26,7 @@ def build_scores(results: dict[str, Any]) -> Table:
     """Every model's ROUGE by every protocol; the best of each column and protocol is marked."""
     settings, models = results["settings"], results["models"]
     rows, styles = [], {}
-    for protocol in PROTOCOLS:
+    for protocol in protocols_that_differ(results):
         for name, model in models.items():
             scores = [model["scores"][protocol][metric] for metric in METRICS]
             for column, score in enumerate(scores):
@@ -47,7 +47,7 @@ def build_scores(results: dict[str, Any]) -> Table:
 def build_differences(results: dict[str, Any]) -> Table:
     """Every pair's differences, with each p-value as it is and as corrected."""
     rows, styles = [], {}
-    for protocol in PROTOCOLS:
+    for protocol in protocols_that_differ(results):
         for (a, b), comparison in pair_comparisons(results):
             entries = [comparison[protocol][metric] for metric in METRICS]
             for column, entry in enumerate(entries):
@@ -67,13 +67,13 @@ def build_differences(results: dict[str, Any]) -> Table:
 
 def build_bertscore(results: dict[str, Any]) -> Table:
     """Without rows if there was no --bertscore."""
-    encoder, rows = results.get("bertscore"), []
+    encoder, rows, protocols = results.get("bertscore"), [], protocols_that_differ(results)
     for name, model in results["models"].items() if encoder else ():
-        scores = [model["bertscore"][protocol] for protocol in PROTOCOLS]
+        scores = [model["bertscore"][protocol] for protocol in protocols]
         rows.append([name, *(f"{format_percent(score)} {format_interval(score)}" for score in scores)])
     of = f"{encoder['encoder']}, layer {encoder['num_layers']}, bert_score {encoder['version']}" if encoder else ""
     title = f"BERTScore F1 in percent [95 % interval] by {of}, neither weighted nor rescaled"
-    return Table(title, ["BERTScore", *PROTOCOLS], rows, {})
+    return Table(title, ["BERTScore", *protocols], rows, {})
 
 
 def build_diagnostics(results: dict[str, Any]) -> Table:
@@ -123,6 +123,11 @@ def build_facts(facts: dict[str, dict[str, dict[str, float]]]) -> Table:
         often = [f"{kind['majority'] * kind['total']:.0f} of {kind['total']}" for kind in kinds.values()]
         rows.append(["(most common answer)", *often])
     return Table("Facts stated in the right role", ["facts right", *kinds], rows, {})
+
+
+def protocols_that_differ(results: dict[str, Any]) -> tuple[str, ...]:
+    """With one reference for each dialogue, all protocols give the same scores."""
+    return PROTOCOLS if results["num_rows"] > results["num_dialogues"] else PROTOCOLS[:1]
 
 
 def pair_comparisons(results: dict[str, Any]) -> list[tuple[tuple[str, str], dict]]:

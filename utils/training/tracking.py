@@ -204,8 +204,8 @@ def plot_loss_curve(output_dir: str | Path):
 
     lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot's, which looks for a display
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4))  # not pyplot's, which looks for a display
+    axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.98, "bottom": 0.13, "top": 0.92})
     for split, style in (("train", "-"), ("validation", "o-")):
         points = [(line["step"], line.get("plain_loss", line["loss"])) for line in metrics if line["split"] == split]
         if points:
