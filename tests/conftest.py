@@ -1,6 +1,7 @@
 """What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them."""
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -81,6 +82,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the libraries hold, so that no collection goes through it again
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from utils.data.batching import measure_lengths, plan_steps, select_examples
 from utils.data.prefetch import load_batches
 from utils.data.rows import load_rows
 from utils.data.tokens import tokenize_rows
+from utils.execution.passes import unwrap
 from utils.execution.strategies import start_accelerator
 from utils.launch.processes import leave_process_group
 from utils.modeling.loading import load_model, load_tokenizer
@@ -38,7 +39,7 @@ def main(model_path: str, train_file: str, total: str, per_device: str, output: 
     num_target_tokens = int(lengths[select_examples(len(lengths), sizes[0], config.seed, 0), 1].sum())
     compute_gradient(accelerator, model, batches, num_target_tokens, config)
     if accelerator.is_main_process:
-        gradients = {name: p.grad for name, p in accelerator.unwrap_model(model).named_parameters()}
+        gradients = {name: p.grad for name, p in unwrap(model).named_parameters()}
         torch.save({"num_processes": world, "gradients": gradients}, output)
     accelerator.wait_for_everyone()  # the launcher ends all when one process fails on its way out
 

@@ -100,7 +100,8 @@ def check_trainings(folder: Path, data_files: dict[str, Path], tmp_path: Path, g
 @pytest.mark.parametrize("family", SHAPES)
 def test_a_family(family, data_files, tmp_path):
     """Gradient, three updates in full and with LoRA, export, greedy texts and beams; or one line that says why not."""
-    check_decoding(write_family(tmp_path / "steep", family, steep=True))
+    if family not in DIFFERENT:  # whose texts the next test compares
+        check_decoding(write_family(tmp_path / "steep", family, steep=True))
     folder = write_family(tmp_path / "gentle", family)
     model = load_model(str(folder), "sdpa", torch.float32)
     assert has_tied_head(load_model(str(folder), "sdpa", torch.float32, without_weights=True)) == has_tied_head(model)

@@ -49,7 +49,8 @@ def test_preflight_predicts_the_run(flan_t5, data_files, tmp_path, kind, num_pro
     manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())
     counts = f"{manifest['num_parameters']:,}, of which {manifest['num_trainable_parameters']:,} are trained"
     assert f"parameters  {counts}" in screen
-    assert f"{manifest['num_processes']} on 1 machine, {manifest['strategy']}, cpu" in screen
+    strategy = f"{manifest['strategy']}, " if num_processes > 1 else ""
+    assert f"{manifest['num_processes']} on 1 machine, {strategy}cpu, --mixed_precision bf16" in screen
     assert f"steps       {manifest['num_train_steps']} updates of 16 examples" in screen
     lines = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"]
     turns = [line["micro_batches_per_update"] for line in lines]  # an interval has as many updates as the next

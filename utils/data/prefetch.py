@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from utils.config import TrainingConfig
 from utils.data.batching import collate, plan_steps, round_up, select_examples
 from utils.data.micro_batches import launch_cost_on
+from utils.execution.passes import unwrap
 from utils.modeling.families import shift_targets
 
 NUM_BATCHES_AHEAD = 32
@@ -76,7 +77,7 @@ def load_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The plan's micro-batches on the device, their lengths padded to a multiple. A thread plans and collates some
     ahead, so that the device need not wait for them."""
-    model = accelerator.unwrap_model(model)
+    model = unwrap(model)
 
     def make_batch() -> tuple[np.ndarray, dict[str, torch.Tensor]] | None:
         indices = next(plan, None)

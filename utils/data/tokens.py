@@ -101,11 +101,6 @@ def tokenize_rows(
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dialogue_tokens" / content
     cache_file = folder / "tokens.arrow"
 
-    def read_or_make() -> datasets.Dataset:
-        return datasets.Dataset.from_list(rows).map(
-            tokenize, batched=True, remove_columns=["dialogue", "summary"], cache_file_name=str(cache_file), desc=split
-        )
-
     with accelerator.main_process_first(), explain_cache_errors(folder.parent):
         if not is_whole(cache_file):  # one that is may be in a cache that can only be read
             make_folder(folder.parent)
@@ -113,9 +108,12 @@ def tokenize_rows(
                 if not is_whole(cache_file):
                     shutil.rmtree(folder, ignore_errors=True)  # damaged, or what a kill left
                     make_folder(folder)
-                    read_or_make()
+                    datasets.Dataset.from_list(rows).map(
+                        tokenize, batched=True, remove_columns=["dialogue", "summary"],
+                        cache_file_name=str(cache_file), desc=split,
+                    )  # fmt: skip
                     write_json(cache_file.with_suffix(".json"), describe_file(cache_file))
-        tokens = read_or_make()
+        tokens = datasets.Dataset.from_file(str(cache_file))
     source_lengths, target_lengths = np.array(tokens["uncut_source_length"]), np.array(tokens["uncut_target_length"])
     if accelerator.is_main_process:
         logger.info(

@@ -42,7 +42,7 @@ def find_unused(accelerator: Accelerator, model: torch.nn.Module) -> list[torch.
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside DDP's or DeepSpeed's. accelerator.unwrap_model looks through the installed packages each time,
-    which takes a millisecond or two."""
+    which takes some milliseconds."""
     return getattr(model, "module", model)
 
 

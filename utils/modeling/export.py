@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import UserError
+from utils.execution.passes import unwrap
 from utils.execution.sharding import gather_tensor, without_zero3
 from utils.files import flush_to_disk, make_folder, move_files, raise_disk_errors, write_json
 from utils.launch.output_dir import UNCHECKED, find_checkpoints
@@ -29,7 +30,7 @@ CONFIG_FILES = ("config.json", "adapter_config.json")
 @timed("export")
 def export_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str):
     """Write the full model, or the adapter alone, and the tokenizer into `folder`; every process must call it."""
-    model = accelerator.unwrap_model(model)
+    model = unwrap(model)
     state_dict = gather_state_dict(accelerator, model)
     if accelerator.is_main_process:
         advice = "; when it can, export it with --resume_from_checkpoint latest" * bool(find_checkpoints(folder))

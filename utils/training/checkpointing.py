@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from utils.config import TrainingConfig, UserError
+from utils.execution.passes import unwrap
 from utils.execution.sharding import gather_moments, gather_tensor, set_moments, set_parameter
 from utils.execution.strategies import name_strategy
 from utils.files import write_file
@@ -108,7 +109,7 @@ class Checkpointer:
         if not self.folder.is_dir():  # the main process has verified it
             raise UserError(f"{self.folder} cannot be seen by every process: --output_dir must be on a shared disk")
         self.load_weights(self.folder)
-        parameters = trainable_parameters(self.accelerator, model)
+        parameters = trainable_parameters(model)
         set_moments(self.accelerator, optimizer, parameters, load_file(self.folder / "optimizer.safetensors"))
         lr_scheduler.load_state_dict(self.state["lr_scheduler"])
         for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
@@ -126,7 +127,7 @@ class Checkpointer:
 
     def load_weights(self, folder: Path):
         weights = load_file(folder / "model.safetensors")
-        for name, parameter in trainable_parameters(self.accelerator, self.model).items():
+        for name, parameter in trainable_parameters(self.model).items():
             set_parameter(parameter, weights[name])
 
     @timed("checkpoints")
@@ -140,7 +141,7 @@ class Checkpointer:
         self.last_step = self.last_saved = step
         self.writer.wait()  # before there is a second copy in memory
         self.accelerator.wait_for_everyone()  # DeepSpeed's own process group waits for ten minutes only
-        parameters = trainable_parameters(self.accelerator, self.model)
+        parameters = trainable_parameters(self.model)
         tensors = {
             "model": self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items()),
             "optimizer": self.copy(gather_moments(self.accelerator, self.optimizer, parameters)),
@@ -159,7 +160,7 @@ class Checkpointer:
         self.best, self.best_folder = {"step": step, "value": value}, self.checkpoints_dir / f"best_step_{step:06d}"
         self.writer.wait()
         self.accelerator.wait_for_everyone()
-        parameters = trainable_parameters(self.accelerator, self.model)
+        parameters = trainable_parameters(self.model)
         copies = self.copy((name, gather_tensor(parameter)) for name, parameter in parameters.items())
         if self.accelerator.is_main_process:
             self.writer.write(self.best_folder, {"model": copies}, self.describe_state(step))
@@ -227,5 +228,5 @@ class Checkpointer:
         }
 
 
-def trainable_parameters(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import measure_lengths
 from utils.data.prefetch import load_steps
+from utils.execution.passes import unwrap
 from utils.execution.sharding import find_not_finite
 from utils.launch.stopping import StopRequest
 from utils.launch.times import timed
@@ -46,9 +47,9 @@ def train(
     stop = StopRequest(accelerator, config)
     model.train()
     # Before a checkpoint's weights are taken, which may be spoiled already.
-    not_finite = find_not_finite(accelerator.unwrap_model(model))
+    not_finite = find_not_finite(unwrap(model))
     interval = checkpointer.restore(model, optimizer, lr_scheduler, config.per_device_train_batch_size)
-    check_head(accelerator.unwrap_model(model))
+    check_head(unwrap(model))
     if not_finite and accelerator.is_main_process:
         logger.warning("weights that are not finite before training: %s", ", ".join(sorted(not_finite)))
     num_updates = checkpointer.last_step
@@ -124,7 +125,7 @@ def log_interval(
     """Write a train line about the updates since the last one, if there are any."""
     if interval.num_examples == 0:
         return
-    metrics = interval.summarize(accelerator, accelerator.unwrap_model(model), config)
+    metrics = interval.summarize(accelerator, unwrap(model), config)
     log_metrics(accelerator, config, step, "train", metrics)
     progress.set_postfix(loss=f"{metrics['loss']:.3f}", samples_per_second=f"{metrics['samples_per_second']:.1f}")
     interval.clear()
@@ -161,7 +162,7 @@ def validate(
 
 def check_finite(accelerator: Accelerator, model: torch.nn.Module, num_updates: int, not_finite: set[str]):
     """UserError, on every process, if a weight that was finite before training no longer is."""
-    spoiled = sorted(find_not_finite(accelerator.unwrap_model(model)) - not_finite)
+    spoiled = sorted(find_not_finite(unwrap(model)) - not_finite)
     if spoiled:
         accelerator.wait_for_everyone()  # when one process exits, the launcher kills the others
         raise UserError(

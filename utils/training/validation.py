@@ -14,11 +14,10 @@ from utils.config import EvaluationConfig, TrainingConfig
 from utils.data.batching import measure_lengths, plan_pass
 from utils.data.micro_batches import launch_cost_on
 from utils.data.prefetch import load_batches
-from utils.execution.passes import evaluating
+from utils.execution.passes import evaluating, unwrap
 from utils.generation.decoding import decode_batch
 from utils.generation.summaries import cut_batches, generate_texts
 from utils.launch.stopping import StopRequest
-from utils.scoring.metrics.rouge import score_texts
 from utils.training.step import compute_target_logits, find_bad_examples
 
 NUM_SAMPLES = 3
@@ -73,11 +72,13 @@ def score_sample(
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """The ROUGE that metric_for_best_model names, its mean over greedy summaries of the first 64 validation rows; and
     NUM_SAMPLES of them as (reference, summary)."""
+    from utils.scoring.metrics.rouge import score_texts  # here: its libraries take half a second, and few runs need it
+
     sample = data[:64]
     settings = EvaluationConfig(
         max_new_tokens=config.max_target_length, per_device_eval_batch_size=config.eval_batch_size
     )
-    decode = functools.partial(decode_batch, accelerator.unwrap_model(model), config=settings)
+    decode = functools.partial(decode_batch, unwrap(model), config=settings)
     with evaluating(model):
         batches = cut_batches(list(map(len, sample["input_ids"])), settings, accelerator.device)
         summaries = generate_texts(accelerator, decode, tokenizer, sample["input_ids"], batches, settings)

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from utils.config import TrainingConfig, UserError
 from utils.data.batching import collate, measure_lengths, round_up
 from utils.data.prefetch import move_batch
-from utils.execution.passes import accumulate, backward
+from utils.execution.passes import accumulate, backward, unwrap
 from utils.execution.sharding import whole_shape
 from utils.execution.strategies import is_deepspeed, is_sharded
 from utils.launch.times import timed
@@ -137,7 +137,7 @@ def measure_peak(
     accelerator: Accelerator, model: torch.nn.Module, config: TrainingConfig, examples: dict[str, list]
 ) -> int:
     """Peak bytes of GPU memory while the gradient of 0 times the loss is accumulated: DeepSpeed cannot discard one."""
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped = unwrap(model)
     batch = collate(examples, unwrapped.config.pad_token_id, config.length_multiple)
     batch = move_batch(batch, unwrapped, accelerator.device)
     torch.cuda.reset_peak_memory_stats(accelerator.device)
