@@ -82,6 +82,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    # First, and so all in one of pytest's workers: another would have to wait for its Slurm.
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
 
 
 def pytest_collection_finish():

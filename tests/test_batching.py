@@ -15,6 +15,7 @@ from utils.data.micro_batches import (
     cut_micro_batches,
     micro_batch_cost,
     pack,
+    plan_group,
     plan_micro_batches,
 )
 
@@ -77,7 +78,7 @@ def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew(
 @pytest.mark.parametrize("per_device", [4, 16, 300])
 def test_every_process_does_its_part_of_the_same_step(world, per_device):
     limit = per_device * LENGTHS.max(axis=0)
-    for step in range(3):
+    for step in range(3 if world < 64 else 1):
         plans = [plan_step(LENGTHS, 256, per_device, 42, rank, world, step) for rank in range(world)]
         examples = select_examples(12460, 256, 42, step)
         assert len({len(plan) for plan in plans}) == 1
@@ -124,12 +125,13 @@ def test_a_cut_that_cannot_keep_to_the_limits():
     assert cut_micro_batches(LENGTHS[:8], 2, 8 * LENGTHS.max(axis=0), cost_limit=1) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("total", "world"), [(256, 2), (256, 4), (256, 8), (256, 16), (2500, 80)])
 def test_ranks_share_each_turn_fairly(total, world):
     examples = select_examples(12460, total, 42, 0)
     limit = 16 * LENGTHS.max(axis=0)
-    plan = [plan_micro_batches(examples, LENGTHS, rank, world, limit, LAUNCH_COSTS["cuda"]) for rank in range(world)]
+    plan = []
+    while len(plan) < world:
+        plan += plan_group(examples, LENGTHS, len(plan), world, limit, LAUNCH_COSTS["cuda"])[0]
     assert sorted(np.concatenate([batch for rank in plan for batch in rank])) == sorted(examples)
     costs = np.array([[cost(LENGTHS[batch]) for batch in rank] for rank in plan])
     assert costs.mean(axis=0).sum() > 0.85 * costs.max(axis=0).sum()

@@ -47,7 +47,7 @@ from utils.launch import stopping
 from utils.launch.output_dir import find_checkpoints, step_of
 from utils.launch.processes import leave_process_group
 from utils.launch.stopping import EXIT_STOPPED, StopRequest
-from utils.training import checkpoint_files, loop, tracking, validation
+from utils.training import checkpoint_files, loop, tracking
 from utils.training.checkpoint_files import CheckpointError, choose_checkpoint, verify_checkpoint
 
 SCRIPTS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTrainingConfig)}
@@ -746,7 +746,7 @@ def test_the_best_by_rouge(paths, tmp_path, monkeypatch):
         scored.append((predictions, references))
         return {"rougeL": [[next(values)] for _ in predictions[:1]]}
 
-    monkeypatch.setattr(validation, "score_texts", score_texts)
+    monkeypatch.setattr("utils.scoring.metrics.rouge.score_texts", score_texts)
     assert train("full", paths, tmp_path / "out", metric_for_best_model="rougeL") == 0
     lines = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if line["split"] == "validation"]
     assert [line["rougeL"] for line in lines] == [0.1, 0.2, 0.4, 0.3]

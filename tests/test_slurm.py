@@ -58,8 +58,9 @@ class Cluster:
         python.parent.mkdir()
         python.write_text(
             f'''#!/usr/bin/env bash
-if [[ $1 == *.py && ${{WARM_SOCKET-}} ]]; then
-  export MASTER_ADDR=127.0.0.1  # outside of the nodes' namespaces their names mean nothing
+if [[ ${{COLD_START-}} && ${{SLURM_RESTART_COUNT-0}} -eq 0 ]]; then unset WARM_SOCKET; fi
+if [[ ( $1 == *.py || $1 == -m ) && ${{WARM_SOCKET-}} ]]; then
+  if [[ $1 != -m ]]; then export MASTER_ADDR=127.0.0.1; fi  # nodes' names mean nothing outside of their namespaces
   set -- "{REPOSITORY}/tests/warm.py" "$@"
 fi
 exec "{sys.executable}" "$@"
@@ -85,10 +86,10 @@ exec "{sys.executable}" "$@"
         ).stdout.strip()  # fmt: skip
 
     def submit(self, log: Path, *words: str | Path, cold: bool = False) -> str:
-        """Submit a job; returns its number. `cold`, as for run_script, where the test looks for its processes, or
-        signals them before the script begins."""
+        """Submit a job; returns its number. `cold`, as for run_script, until Slurm starts it again: where the test
+        looks for its processes, or signals them before the script begins."""
         words = ("sbatch", "--parsable", "--time=10", "--cpus-per-gpu=1", f"--output={log}", *map(str, words))
-        return self.call(*words, **({} if cold else {"WARM_SOCKET": start_warm_server()}))
+        return self.call(*words, WARM_SOCKET=start_warm_server(), COLD_START="1" if cold else "")
 
     def show(self, job: str) -> dict[str, str]:
         fields = self.call("scontrol", "--oneliner", "show", "job", job).split()

@@ -5,8 +5,7 @@
 Steps are drawn from the lengths of the dialogues in TRAIN_FILE (a csv), with replacement where it has too few.
 `efficiency` is real over computed tokens; `balance` is the mean over the largest cost of the ranks in a turn
 (micro_batch_cost): 1 means that no rank waits. Their product is the share of the machines' time that goes into real
-tokens. `plan_seconds` is one rank's. Writes simulate_ranks.json and simulate_ranks.png, in 20
-minutes.
+tokens. `plan_seconds` is one rank's. Writes simulate_ranks.json and simulate_ranks.png.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.data.micro_batches import LAUNCH_COSTS, micro_batch_cost, plan_micro_batches
+from utils.data.micro_batches import LAUNCH_COSTS, micro_batch_cost, plan_group
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -47,12 +46,12 @@ def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float
     real = computed = busy = slowest = seconds = num_turns = 0
     for _ in range(NUM_STEPS):
         examples = rng.choice(len(lengths), size=total, replace=False)
-        started = time.perf_counter()
-        plan = [
-            plan_micro_batches(examples, lengths, rank, num_ranks, limit, LAUNCH_COSTS["cuda"])
-            for rank in range(num_ranks)
-        ]
-        seconds += time.perf_counter() - started
+        plan = []
+        while len(plan) < num_ranks:
+            started = time.perf_counter()
+            plans, _ = plan_group(examples, lengths, len(plan), num_ranks, limit, LAUNCH_COSTS["cuda"])
+            seconds += (time.perf_counter() - started) / num_ranks * len(plans)
+            plan += plans
         num_turns += len(plan[0])
         sizes = np.array([[(len(batch), *lengths[batch].max(axis=0, initial=0)) for batch in rank] for rank in plan])
         num_examples, longest_source, longest_target = np.moveaxis(sizes, 2, 0)
@@ -64,7 +63,7 @@ def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float
     return {
         "num_ranks": num_ranks, "total_train_batch_size": total, "num_turns": num_turns / NUM_STEPS,
         "efficiency": float(real / computed), "balance": float(busy / slowest),
-        "plan_seconds": seconds / NUM_STEPS / num_ranks,
+        "plan_seconds": seconds / NUM_STEPS,
     }  # fmt: skip
 
 

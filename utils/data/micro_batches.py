@@ -35,12 +35,20 @@ def plan_micro_batches(
             examples of full length it takes no more memory than they do: attention's squares are smaller, too.
         launch_cost: of a micro-batch, see LAUNCH_COSTS.
     """
+    plans, group = plan_group(examples, lengths, rank, world, token_limit, launch_cost)
+    return plans[rank - group[0]]
+
+
+def plan_group(
+    examples: np.ndarray, lengths: np.ndarray, rank: int, world: int, token_limit: np.ndarray, launch_cost: float
+) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """plan_micro_batches of all ranks that share their examples with `rank`; and these ranks, in order."""
     shares = divide(examples, lengths, world)
     num_turns = max(
         math.ceil(choose_num_pieces(lengths[share], token_limit, launch_cost) / len(ranks)) for share, ranks in shares
     )
     share, group = next((share, ranks) for share, ranks in shares if rank in ranks)
-    return cut_and_deal(share, lengths, num_turns, len(group), token_limit)[rank - group[0]]
+    return cut_and_deal(share, lengths, num_turns, len(group), token_limit), group
 
 
 def divide(examples: np.ndarray, lengths: np.ndarray, world: int) -> list[tuple[np.ndarray, np.ndarray]]:
