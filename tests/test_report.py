@@ -15,7 +15,7 @@ from utils.scoring.html_report import build_page, collect_data, escape_json
 from utils.scoring.metrics.rouge import METRICS, compare_models
 from utils.scoring.report import format_markdown, format_table, read_results
 from utils.scoring.results import read_training
-from utils.scoring.tables import Table, build_differences, build_unsupported, describe_differences
+from utils.scoring.tables import Table, build_differences, build_tables, build_unsupported, describe_differences
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{data}} &lt;"
@@ -601,6 +601,14 @@ def test_both_p_values_are_shown(report):
     assert set(build_differences(results | {"num_dialogues": 39}).styles.values()) == {"noise"}
     shown = collect_data(results | {"num_dialogues": 39}, [])["comparisons"][0]["scores"]["average"]["rouge1"]
     assert shown["verdict"] == "noise"
+
+
+def test_one_reference_a_dialogue_is_scored_in_one_way(report):
+    """The three protocols would give the same numbers three times."""
+    results = json.loads((report / "out" / "results.json").read_text(encoding="utf-8"))
+    for num_rows, protocols in ((1500, ["average", "max", "first"]), (500, ["average"])):
+        for table in build_tables(results | {"num_rows": num_rows})[:2]:
+            assert list(dict.fromkeys(row[1] for row in table.rows)) == protocols
 
 
 @pytest.mark.slow
