@@ -47,7 +47,8 @@ def run_in_fork():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # slurm/launch.sh starts its processes with SIGUSR1 blocked
     code = int(connection.recv(16) or 1)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
