@@ -46,7 +46,7 @@ def test_lora_settings_reach_the_adapter(flan_t5):
 
 @pytest.mark.parametrize("name", ["target_modules", "rank_pattern"])
 def test_a_regular_expression_without_end_is_stopped(flan_t5, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("utils.modeling.loading.SECONDS_FOR_PATTERNS", 1)
+    monkeypatch.setattr("utils.modeling.adapters.SECONDS_FOR_PATTERNS", 1)
     model = add_lora(load_model(str(flan_t5), "sdpa", torch.float32), LoraTrainingConfig())
     model.save_pretrained(tmp_path)
     path, pattern = tmp_path / "adapter_config.json", "(([a-z0-9._A-Z])+)+!"

@@ -19,10 +19,11 @@ from utils.files import make_folder, write_json
 from utils.launch.hub import explain_hub_errors
 from utils.launch.output_dir import MERGED_FROM, UNCHECKED, describe_merge, find_run_files
 from utils.launch.times import timed
+from utils.modeling.adapters import check_adapter, check_patterns
 from utils.modeling.export import write_model
 from utils.modeling.families import shift_targets
 from utils.modeling.generation_config import read_settings, set_generation_config
-from utils.modeling.loading import check_adapter, check_folder, check_patterns, load_model
+from utils.modeling.loading import check_folder, load_model
 from utils.prompting import find_prompt
 
 logger = logging.getLogger(__name__)
