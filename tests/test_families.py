@@ -93,7 +93,8 @@ def check_trainings(folder: Path, data_files: dict[str, Path], tmp_path: Path, g
     for kind in ("full", "merged"):
         config = json.loads((tmp_path / kind / "config.json").read_text())
         assert config.get("tie_word_embeddings", True) == has_tied_head(before)
-        decode_here_and_there(tmp_path / kind, num_dialogues=2)
+        here, there = decode_here_and_there(tmp_path / kind, num_dialogues=2)
+        assert here == there
 
 
 @pytest.mark.slow
