@@ -1,4 +1,9 @@
-"""What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them."""
+"""What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them.
+
+pytest's first process imports this, too, and only starts those that run the tests: torch is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import functools
 import gc
@@ -12,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if "TESTS_FOLDER" not in os.environ:  # pytest's workers are given it by the process that starts them
     TESTS_FOLDER = tempfile.TemporaryDirectory(dir="/tmp")  # short: a socket's path must fit into 100 characters
@@ -22,13 +28,15 @@ os.environ["PATH"] = (
     f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # accelerate, also of an inactive venv
 )
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only get into each other's way
+os.environ["LOCAL_SIZE"] = "1"  # or DeepSpeed on a CPU starts `numactl` for each gradient that it exchanges
 
 import hypothesis
 import pytest
-import torch
 import yaml
 from filelock import FileLock
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+if TYPE_CHECKING:
+    import torch
 
 hypothesis.settings.register_profile("tests", deadline=None)  # an example may take long on a busy machine
 hypothesis.settings.load_profile("tests")
@@ -39,6 +47,9 @@ WORDS = "the a to at on will can you I meet lend sell station park library Monda
 
 def write_flan_t5(folder: Path, **shape: float) -> Path:
     """A model folder with random weights and, as Flan-T5's, an lm_head of its own and a config that says so."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
     tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
     torch.manual_seed(0)
     settings = dict(
@@ -91,27 +102,6 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session")
-def flan_t5(tmp_path_factory) -> Path:
-    return write_flan_t5(tmp_path_factory.mktemp("flan_t5"))
-
-
-@pytest.fixture(scope="session")
-def data_files(tmp_path_factory) -> dict[str, Path]:
-    """Files of 40 train, 9 validation and 12 test rows; the test dialogues come three times."""
-    folder = tmp_path_factory.mktemp("data")
-    test_rows = [
-        {"id": f"test_{index}_{number}", "dialogue": row["dialogue"], "summary": f"{row['summary']} {number}"}
-        for index, row in enumerate(make_rows(4, seed=2))
-        for number in (1, 2, 3)
-    ]
-    return {
-        "train": write_rows(folder / "train.jsonl", make_rows(40)),
-        "validation": write_rows(folder / "validation.jsonl", make_rows(9, seed=1)),
-        "test": write_rows(folder / "test.jsonl", test_rows),
-    }
-
-
-@pytest.fixture(scope="session")
 def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """A function of a name and of a function that fills a folder: returns the folder of that name, filled once for all
     of pytest's workers. Tests must only read it."""
@@ -130,6 +120,29 @@ def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]
         return folder
 
     return make_folder_once
+
+
+@pytest.fixture(scope="session")
+def flan_t5(make_once) -> Path:
+    return make_once("flan_t5", write_flan_t5)
+
+
+@pytest.fixture(scope="session")
+def data_files(make_once) -> dict[str, Path]:
+    """Files of 40 train, 9 validation and 12 test rows; the test dialogues come three times."""
+
+    def fill(folder: Path):
+        write_rows(folder / "train.jsonl", make_rows(40))
+        write_rows(folder / "validation.jsonl", make_rows(9, seed=1))
+        test_rows = [
+            {"id": f"test_{index}_{number}", "dialogue": row["dialogue"], "summary": f"{row['summary']} {number}"}
+            for index, row in enumerate(make_rows(4, seed=2))
+            for number in (1, 2, 3)
+        ]
+        write_rows(folder / "test.jsonl", test_rows)
+
+    folder = make_once("data", fill)
+    return {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
 
 
 @pytest.fixture
@@ -163,6 +176,8 @@ def usual_differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
     """The absolute difference that 99 % of all elements keep to, and the largest of those that 99 % of a tensor's do.
     AdamW divides a gradient by its size: where that is near 0, rounding alone decides whether a weight moves by a
     whole step, and one such weight can outweigh all others in relative_difference."""
+    import torch
+
     differences = [(a[name] - b[name]).abs().flatten() for name in b]
     return float(torch.cat(differences).quantile(0.99)), max(float(one.quantile(0.99)) for one in differences)
 
@@ -190,6 +205,15 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
         environment["WARM_SOCKET"] = start_warm_server()
     environment = {"ACCELERATE_USE_CPU": "true"} | environment
     return run_command(sys.executable, *words, timeout=timeout, **environment)
+
+
+def start_script(*words: str | Path, stderr=subprocess.DEVNULL, start_new_session: bool = False) -> subprocess.Popen:
+    """Start a script and its arguments. warm.KILL kills it."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WARM_SOCKET": start_warm_server()}
+    command = [sys.executable, "tests/warm.py", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=stderr, start_new_session=start_new_session
+    )
 
 
 @functools.cache

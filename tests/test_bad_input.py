@@ -728,12 +728,15 @@ def test_max_source_length_below_the_prompt(refuse, data_files, flan_t5, script)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, flan_t5, data_files) -> dict[str, Path]:
+def finished(make_once, flan_t5, data_files) -> dict[str, Path]:
     """A folder with the results of each script."""
-    folders = {script: tmp_path_factory.mktemp(script) for script in SCRIPTS}
-    for script in SCRIPTS:
-        start(script, *quick_run(script, flan_t5, data_files), f"--output_dir={folders[script]}")
-    return folders
+
+    def fill(folder: Path):
+        for script in SCRIPTS:
+            start(script, *quick_run(script, flan_t5, data_files), f"--output_dir={folder / script}")
+
+    folder = make_once("finished", fill)
+    return {script: folder / script for script in SCRIPTS}
 
 
 def quick_run(script: str, model: Path, data_files: dict[str, Path]) -> list[str]:
@@ -896,8 +899,7 @@ def test_missing_predictions_file(refuse, here):
 def test_process(tmp_path, data_files, flan_t5, script, words, expected):
     places = {"data": f"--train_file={data_files['train']}", "model": f"--model_name_or_path={flan_t5}"}
     words = [word.format(**places, rows=data_files["test"]) for word in words]
-    cold = script == "train_full" or (script == "evaluate_rouge" and not words)
-    warm = [] if cold else [REPOSITORY / "tests" / "warm.py"]
+    warm = [] if script == "train_full" else [REPOSITORY / "tests" / "warm.py"]
     process = subprocess.run(
         [sys.executable, *warm, REPOSITORY / f"{script}.py", *words],
         env=os.environ | {"WARM_SOCKET": start_warm_server()}, cwd=tmp_path, capture_output=True, text=True,

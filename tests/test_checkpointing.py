@@ -31,7 +31,7 @@ from conftest import (
     read_jsonl,
     relative_difference,
     run_script,
-    start_warm_server,
+    start_script,
     write_flan_t5,
     write_rows,
 )  # fmt: skip
@@ -123,24 +123,29 @@ def check_same(kind: str, output_dir: Path, never_stopped: Path):
 
 
 @pytest.fixture(scope="session")
-def never_stopped(paths, tmp_path_factory) -> dict[str, Path]:
-    folders = {kind: tmp_path_factory.mktemp("never") / kind for kind in SCRIPTS}
-    for kind, folder in folders.items():
-        assert train(kind, paths, folder) == 0
-        steps = [(line["step"], line["split"]) for line in read_jsonl(folder / "metrics.jsonl")]
-        expected = [(step, "train") for step in (3, 6, 9, 12)] + [(step, "validation") for step in (0, 4, 8, 12)]
-        assert sorted(steps) == sorted(expected)
-    return folders
+def never_stopped(paths, make_once) -> dict[str, Path]:
+    def fill(folder: Path):
+        for kind in SCRIPTS:
+            assert train(kind, paths, folder / kind) == 0
+            steps = [(line["step"], line["split"]) for line in read_jsonl(folder / kind / "metrics.jsonl")]
+            expected = [(step, "train") for step in (3, 6, 9, 12)] + [(step, "validation") for step in (0, 4, 8, 12)]
+            assert sorted(steps) == sorted(expected)
+
+    folder = make_once("never_stopped", fill)
+    return {kind: folder / kind for kind in SCRIPTS}
 
 
 @pytest.fixture(scope="session")
-def stopped(paths, tmp_path_factory) -> dict[str, Path]:
+def stopped(paths, make_once) -> dict[str, Path]:
     """Runs stopped in step 8, with checkpoints of 5 and 8. Not to be written to."""
-    folders = {kind: tmp_path_factory.mktemp("stopped") / kind for kind in SCRIPTS}
-    for kind, folder in folders.items():
-        assert stop_in_step(8, kind, paths, folder) == EXIT_STOPPED
-        assert [path.name for path in find_checkpoints(folder)] == ["step_000008", "step_000005"]
-    return folders
+
+    def fill(folder: Path):
+        for kind in SCRIPTS:
+            assert stop_in_step(8, kind, paths, folder / kind) == EXIT_STOPPED
+            assert [path.name for path in find_checkpoints(folder / kind)] == ["step_000008", "step_000005"]
+
+    folder = make_once("stopped", fill)
+    return {kind: folder / kind for kind in SCRIPTS}
 
 
 @pytest.fixture
@@ -213,10 +218,7 @@ def to_words(settings: dict) -> list[str]:
 def started(words: list, output_dir: Path):
     """A process of its own, with its first train line already written; killed if it does not end by itself."""
     with (output_dir.parent / f"{output_dir.name}.log").open("w+") as log:
-        process = subprocess.Popen(
-            list(map(str, words)), cwd=REPOSITORY, stderr=log, start_new_session=True,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "WARM_SOCKET": start_warm_server()},
-        )  # fmt: skip
+        process = start_script(*words, stderr=log, start_new_session=True)
         try:
             deadline = time.monotonic() + 120
             while not any(split == "train" for _, split, *_ in read_if_there(output_dir)):
@@ -240,11 +242,13 @@ LONG = {"max_train_steps": 80, "logging_steps": 7, "eval_steps": 50, "checkpoint
 
 
 @pytest.fixture(scope="module")
-def long_never_stopped(paths, tmp_path_factory) -> dict[str, Path]:
-    folders = {kind: tmp_path_factory.mktemp("long") / kind for kind in SCRIPTS}
-    for kind, folder in folders.items():
-        assert train(kind, paths, folder, **LONG) == 0
-    return folders
+def long_never_stopped(paths, make_once) -> dict[str, Path]:
+    def fill(folder: Path):
+        for kind in SCRIPTS:
+            assert train(kind, paths, folder / kind, **LONG) == 0
+
+    folder = make_once("long_never_stopped", fill)
+    return {kind: folder / kind for kind in SCRIPTS}
 
 
 @pytest.mark.slow
@@ -253,9 +257,7 @@ def long_never_stopped(paths, tmp_path_factory) -> dict[str, Path]:
 )
 def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number):
     output_dir = tmp_path / "out"
-    # One of them cold: a process that was not forked.
-    script = [f"train_{kind}.py"] if number == signal.SIGUSR1 else ["tests/warm.py", f"train_{kind}.py"]
-    words = [sys.executable, *script, *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
+    words = [f"train_{kind}.py", *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
     with started(words, output_dir) as process:
         process.send_signal(number)
         assert process.wait(60) == EXIT_STOPPED
@@ -400,9 +402,9 @@ def test_from_two_processes_to_one(on_two, without_dropout, never_stopped_on_one
 @pytest.mark.slow
 def test_a_signal_to_the_launcher(paths, tmp_path):
     output_dir = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [*launcher, "train_lora.py", *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
-    with started(words, output_dir) as process:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = ["tests/warm.py", "train_lora.py", *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
+    with started([*launcher, *script], output_dir) as process:
         process.terminate()
         process.wait(60)
     step = verify_checkpoint(find_checkpoints(output_dir)[0])["step"]

@@ -3,9 +3,6 @@
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,10 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, make_rows, read_jsonl, run_script, write_rows
+from conftest import REPOSITORY, make_rows, read_jsonl, run_script, start_script, write_rows
 from generation_worker import MODES, load_dialogues, write_unsure_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from warm import KILL
 
 import evaluate_rouge
 import utils.files
@@ -268,21 +266,20 @@ def test_one_and_two_processes_write_the_same(flan_t5, data_files, tmp_path):
 def test_a_killed_generation_resumes(unsure_model, tmp_path):
     def command(output_dir: Path, *words: str) -> list[str]:
         return [
-            sys.executable, "evaluate_rouge.py", "--demo", "--models", f"a={unsure_model}", "b=demo/model",
+            "evaluate_rouge.py", "--demo", "--models", f"a={unsure_model}", "b=demo/model",
             "--per_device_eval_batch_size", "1", "--output_dir", str(output_dir), *words,
         ]  # fmt: skip
 
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    whole = run_script(*command(tmp_path / "whole")[1:])
+    whole = run_script(*command(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     assert "from an earlier run" not in whole.stderr
     killed = tmp_path / "killed"
     partial_file = killed / "predictions.partial-0.jsonl"
-    process = subprocess.Popen(command(killed), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+    process = start_script(*command(killed))
     while not (partial_file.exists() and partial_file.read_text().count('"key"') >= 15):
         assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(KILL)
     process.wait()
     lines = [line for line in partial_file.read_text().split("\n") if line]
     assert len(lines) < 82 and not (killed / "predictions.jsonl").exists()  # 41 prompts, one a batch, twice
@@ -291,14 +288,14 @@ def test_a_killed_generation_resumes(unsure_model, tmp_path):
     num_whole = sum(line.endswith("}") for line in lines)
 
     # Also with another number of processes: the batches are the same.
-    again = run_script(*command(killed)[1:], num_processes=2)
+    again = run_script(*command(killed), num_processes=2)
     assert again.returncode == 0, again.stderr
     num_kept = sum(int(line.split()[1]) for line in again.stderr.splitlines() if "from an earlier run" in line)
     assert num_kept == num_whole
     assert (killed / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
     assert not list(killed.glob("*.partial*"))
     # A report of other settings is not replaced unasked.
-    refused = run_script(*command(killed, "--max_new_tokens", "7")[1:])
+    refused = run_script(*command(killed, "--max_new_tokens", "7"))
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
 
 

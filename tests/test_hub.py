@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import hub_standin
 import pytest
 from conftest import REPOSITORY, WORDS, read_jsonl, warm_launch, write_flan_t5
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 MODELS = ["original", "full", "lora"]
@@ -161,6 +163,27 @@ def check_evaluation(folder: Path, printed: str):
         assert f"--- {model}\n" in printed
     for pair in ("original minus full", "original minus lora", "full minus lora"):
         assert pair in printed
+
+
+def test_a_preflight_downloads_no_weights(hub, online, flan_t5, data_files, tmp_path):
+    """They lie on the hub as safetensors, or not."""
+    words = [f"--train_file={data_files['train']}", f"--output_dir={tmp_path / 'out'}", "--preflight"]
+    model = shutil.copytree(flan_t5, hub.root / "models" / "org" / "model")
+    here, missing = (
+        launch(tmp_path, online, "train_full.py", f"--model_name_or_path=org/{name}", *words)
+        for name in ("model", "other")
+    )
+    (model / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    without_safetensors = launch(tmp_path, online, "train_full.py", "--model_name_or_path=org/model", *words)
+    assert here.returncode == 0, here.stderr
+    assert "model       org/model, t5, to be downloaded from the hub\n" in here.stdout
+    # The head is its own, whatever transformers makes of config.json.
+    num_parameters = sum(tensor.numel() for tensor in load_file(flan_t5 / "model.safetensors").values())
+    assert f"parameters  {num_parameters:,}, of which" in here.stdout
+    assert without_safetensors.returncode == 0, without_safetensors.stderr
+    cache = Path(online["HF_HOME"]) / "hub" / "models--org--model"
+    assert list(cache.rglob("config.json")) and not list(cache.rglob("*.safetensors"))
+    assert missing.returncode != 0 and "--model_name_or_path org/other: no such model at" in missing.stderr
 
 
 def test_names_that_the_hub_does_not_have(hub, online, tmp_path):

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
-import hub_standin
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import make_rows, read_jsonl, run_script, start_warm_server, write_flan_t5, write_rows
+from conftest import make_rows, read_jsonl, run_script, write_flan_t5, write_rows
 from helpers import estimate_and_measure_peak, read_bytes, write_bart
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
@@ -241,33 +239,6 @@ def test_bart(start, tmp_path, capsys):
     start(model_name_or_path=str(tmp_path / "bart"), max_source_length=64, max_target_length=64)
     num_parameters = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bart").num_parameters()
     assert f"parameters  {num_parameters:,}, of which {num_parameters:,} are trained" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_model_of_the_hub_is_not_downloaded(flan_t5, data_files, tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("HF_", "ACCELERATE_"))]:
-        monkeypatch.delenv(name)
-    for name, value in (("NO_PROXY", "127.0.0.1"), ("HF_HUB_ETAG_TIMEOUT", "60"), ("HF_HUB_DOWNLOAD_TIMEOUT", "60")):
-        monkeypatch.setenv(name, value)
-    root, home = tmp_path / "hub", tmp_path / "home"
-    shutil.copytree(flan_t5, root / "models" / "org" / "model")
-    command = words("full", "org/model", data_files, tmp_path / "out", "--preflight")
-    with hub_standin.serve(root) as server:
-        environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-        warm = environment | {"WARM_SOCKET": start_warm_server(**environment)}
-        here = run_script(*command, **warm)
-        other = [word if word != "org/model" else "org/other" for word in command]
-        missing = run_script(*other, **warm)
-        (root / "models" / "org" / "model" / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-        without_safetensors = run_script(*command, **warm)
-    assert here.returncode == 0, here.stderr
-    assert "model       org/model, t5, to be downloaded from the hub\n" in here.stdout
-    # The head is its own, whatever transformers makes of config.json.
-    num_parameters = sum(tensor.numel() for tensor in load_file(flan_t5 / "model.safetensors").values())
-    assert f"parameters  {num_parameters:,}, of which" in here.stdout
-    assert without_safetensors.returncode == 0, without_safetensors.stderr
-    assert list(home.rglob("config.json")) and not list(home.rglob("*.safetensors"))
-    assert missing.returncode == 2 and "--model_name_or_path org/other: no such model at" in missing.stderr
 
 
 @pytest.fixture(scope="module")

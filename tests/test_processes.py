@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY, make_rows, run_command, start_warm_server, write_rows
+from conftest import make_rows, run_command, start_script, start_warm_server, write_rows
 
 from utils.launch.script import report_mistake
 
@@ -68,10 +67,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(flan_t5, tmp_path, early)
         "evaluate_rouge.py", "--models", f"model={flan_t5}", "--test_file", test_file, "--output_dir",
         tmp_path / "out", "--max_new_tokens", 100, "--per_device_eval_batch_size", 1,
     ]  # fmt: skip
-    launcher = subprocess.Popen(
-        [sys.executable, *TORCHRUN, *map(str, words)], cwd=REPOSITORY, stderr=subprocess.DEVNULL,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    launcher = start_script(*TORCHRUN, *words)
 
     def find_processes() -> list[psutil.Process]:
         """That run the script, but for the launcher."""

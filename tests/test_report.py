@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -24,9 +25,12 @@ MODELS = ["base", "<b>tuned</b>", "other"]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(make_once):
     """A folder with 500 dialogues, of three references each, and three systems' texts, scored by the script."""
-    folder = tmp_path_factory.mktemp("report")
+    return make_once("report", fill_report)
+
+
+def fill_report(folder: Path):
     rows = [
         {"id": f"d{index}_{number}", "dialogue": row["dialogue"], "summary": f"{' '.join(words[::number])} {number}"}
         for index, row in enumerate(make_rows(500))
@@ -56,7 +60,6 @@ def report(tmp_path_factory):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     (folder / "printed.txt").write_text(run.stdout, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")

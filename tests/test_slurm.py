@@ -86,8 +86,8 @@ exec "{sys.executable}" "$@"
         ).stdout.strip()  # fmt: skip
 
     def submit(self, log: Path, *words: str | Path, cold: bool = False) -> str:
-        """Submit a job; returns its number. `cold`, as for run_script, until Slurm starts it again: where the test
-        looks for its processes, or signals them before the script begins."""
+        """Submit a job; returns its number. `cold`, as for run_script, until Slurm starts it again: for a test that
+        signals it before the script begins."""
         words = ("sbatch", "--parsable", "--time=10", "--cpus-per-gpu=1", f"--output={log}", *map(str, words))
         return self.call(*words, WARM_SOCKET=start_warm_server(), COLD_START="1" if cold else "")
 
@@ -102,7 +102,8 @@ exec "{sys.executable}" "$@"
 
     def find_process(self, job: str, rank: int) -> int:
         """The process id of a job's training process."""
-        return self.find(job, f"RANK={rank}", "train_")
+        caller = self.find(job, f"RANK={rank}", "train_")
+        return int(Path(f"{start_warm_server()}-{caller}").read_text())
 
     def find(self, job: str, variable: str, word: str) -> int:
         """The process of a job that has this in its environment and that in its command line."""
@@ -309,7 +310,7 @@ def test_a_stop_file_ends_the_job(cluster, settings, tmp_path):
 
 def test_a_killed_rank_ends_the_job(cluster, settings, tmp_path):
     words = (*TWO_NODES, "slurm/train_lora.sbatch", *settings, *ENDLESS)
-    job = cluster.submit(tmp_path / "log", *words, cold=True)
+    job = cluster.submit(tmp_path / "log", *words)
     wait_for_step(1, tmp_path / "out", tmp_path / "log")
     # Frozen in the middle of a step, the other one can't notice by itself that its peer is gone.
     os.kill(cluster.find_process(job, 0), signal.SIGSTOP)
@@ -321,7 +322,7 @@ def test_a_killed_rank_ends_the_job(cluster, settings, tmp_path):
 def test_a_lost_node(cluster, settings, never_stopped, tmp_path):
     """Its daemon is killed and its process answers no more: Slurm notices, requeues the job, and it resumes."""
     log = tmp_path / "log"
-    job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *settings, cold=True)
+    job = cluster.submit(log, *TWO_NODES, "slurm/train_lora.sbatch", *settings)
     wait_for_step(15, tmp_path / "out", log)
     frozen = cluster.find_process(job, 1)
     os.kill(frozen, signal.SIGSTOP)

@@ -5,11 +5,7 @@ import datetime
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, make_rows, run_script, write_flan_t5, write_rows
+from conftest import make_rows, run_script, start_script, write_flan_t5, write_rows
+from warm import KILL
 
 import summarize
 from utils.config import EvaluationConfig, SummaryConfig, UserError
@@ -267,17 +264,14 @@ def test_killed_and_repeated_on_two_processes(model, tmp_path):
     whole = run_script(*command(tmp_path / "whole.jsonl"))
     assert whole.returncode == 0, whole.stderr
     target = tmp_path / "killed.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, *command(target)], cwd=REPOSITORY, stderr=subprocess.DEVNULL,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    process = start_script(*command(target))
     for _ in itertools.count():
         partial = list(tmp_path.glob("killed.jsonl.partial-*-0.jsonl"))
         if partial and partial[0].read_text().count('"key"') >= 10:
             break
         assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(KILL)
     process.wait()
     assert not target.exists()
     again = run_script(*command(target), num_processes=2)

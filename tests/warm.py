@@ -7,9 +7,9 @@ long as the work of most tests.
     WARM_SOCKET=SOCKET python tests/warm.py -m torch.distributed.run ... tests/warm.py train_full.py ...
 
 The fork takes over the caller's arguments, environment, working directory and standard streams; the caller's signals
-are passed on to it, and its exit code becomes the caller's. At its end it leaves out freeing its modules, which would
-take half a second. Do not use it to test import-time behaviour, the memory of a whole process, a script's parent
-processes, or the very end of one.
+are passed on to it (KILL as SIGKILL: a caller that is killed itself is gone before its fork is), and its exit code
+becomes the caller's. At its end a fork leaves out freeing its modules, which would take half a second. Do not use it
+to test import-time behaviour, the memory of a whole process, a script's parent processes, or the very end of one.
 """
 
 import atexit
@@ -22,17 +22,19 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import sys
 
 IMPORTED = (
     "train_full", "train_lora", "evaluate_rouge", "summarize", "torch.distributed.run",
     "accelerate.commands.accelerate_cli",
     # What the libraries and scripts import only when they need it.
-    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "torch.utils.cpp_extension",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops",
     "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3",
     "matplotlib.figure", "matplotlib.backends.backend_agg",
 )  # fmt: skip
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+KILL = signal.SIGRTMIN
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, KILL)
 
 
 def run_in_fork():
@@ -63,6 +65,8 @@ def import_libraries():
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("t5")
     # torchrun asks eighteen times who has called it, which takes the longer the more modules there are.
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda: "method"
+    # For a CPU DeepSpeed compiles an all-reduce in shared memory, for a minute; on a GPU there is none. gloo does it.
+    sys.modules["deepspeed.ops"].__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def serve(path: str, owner: int) -> dict:
@@ -89,10 +93,13 @@ def serve(path: str, owner: int) -> dict:
     listener.close()
     os.close(owner_ended)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    caller, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     size, files, _, _ = socket.recv_fds(connection, 8, 3)
     job = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     fork = os.fork()
     if fork:
+        with open(f"{path}-{caller}", "w") as file:  # for who looks for the fork
+            file.write(str(fork))
         watch(connection, fork)
     connection.close()
     for number, file in enumerate(files):
@@ -106,7 +113,7 @@ def watch(connection: socket.socket, fork: int):
     ended = os.pidfd_open(fork)
     while ended not in select.select([connection, ended], [], [])[0]:
         number = connection.recv(1)
-        os.kill(fork, number[0] if number else signal.SIGKILL)
+        os.kill(fork, signal.SIGKILL if not number or number[0] == KILL else number[0])
         if not number:
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
