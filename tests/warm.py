@@ -13,17 +13,18 @@ to test import-time behaviour, the memory of a whole process, a script's parent 
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import io
-import json
+import marshal
 import os
 import runpy
 import select
 import signal
 import socket
-import struct
 import sys
+import weakref
 
 IMPORTED = (
     "train_full", "train_lora", "evaluate_rouge", "summarize", "torch.distributed.run",
@@ -41,7 +42,8 @@ def run_in_fork():
     """Have the server's fork run the command line, then exit as it did."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ["WARM_SOCKET"])
-    job = json.dumps({"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    job = {"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
+    job = marshal.dumps((os.getpid(), job))
     socket.send_fds(connection, [len(job).to_bytes(8, "big")], [0, 1, 2])
     connection.sendall(job)
     for number in FORWARDED:
@@ -67,10 +69,13 @@ def import_libraries():
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda: "method"
     # For a CPU DeepSpeed compiles an all-reduce in shared memory, for a minute; on a GPU there is none. gloo does it.
     sys.modules["deepspeed.ops"].__compatible_ops__["deepspeed_shm_comm"] = False
+    for tidying in weakref.finalize._registry:  # of what the libraries have made up to now, and each fork shares
+        tidying.atexit = False
 
 
 def serve(path: str, owner: int) -> dict:
-    """Fork for each that asks; returns, in the forks alone, what they are to run.
+    """Fork for each that asks, pass its signals on and the fork's exit code back; returns, in the forks alone, what
+    they are to run.
 
     Args:
         owner: the process with which this one ends, however that ends.
@@ -82,43 +87,46 @@ def serve(path: str, owner: int) -> dict:
     gc.collect()
     gc.freeze()  # so that the forks' garbage collections leave the pages that they share alone
     print("ready", flush=True)  # noqa: T201
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    forks, callers = {}, {}  # a fork's process id by its caller's connection, and the connection by the fork's end
     while True:
-        if owner_ended in select.select([listener, owner_ended], [], [])[0]:
+        ready, _, _ = select.select([listener, owner_ended, *forks, *callers], [], [])
+        if owner_ended in ready:
             sys.exit()
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            break
-        connection.close()
-    listener.close()
-    os.close(owner_ended)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    caller, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    size, files, _, _ = socket.recv_fds(connection, 8, 3)
-    job = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
-    fork = os.fork()
-    if fork:
-        with open(f"{path}-{caller}", "w") as file:  # for who looks for the fork
-            file.write(str(fork))
-        watch(connection, fork)
-    connection.close()
+        for connection in forks.keys() & ready:
+            number = connection.recv(1)  # nothing from a caller that was killed
+            os.kill(forks[connection], signal.SIGKILL if number in (b"", bytes([KILL])) else number[0])
+        for ended in callers.keys() & ready:
+            connection = callers.pop(ended)
+            _, status = os.waitpid(forks.pop(connection), 0)
+            with contextlib.suppress(BrokenPipeError):
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            connection.close()
+            os.close(ended)
+        if listener in ready:
+            connection, _ = listener.accept()
+            size, files, _, _ = socket.recv_fds(connection, 8, 3)
+            content = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+            if not size or len(content) < int.from_bytes(size, "big"):  # killed while it was asking
+                connection.close()
+                continue
+            caller, job = marshal.loads(content)
+            fork = os.fork()
+            if fork == 0:
+                break
+            for file in files:
+                os.close(file)
+            forks[connection] = fork
+            callers[os.pidfd_open(fork)] = connection
+            with open(f"{path}-{caller}", "w") as file:  # for who looks for the fork
+                file.write(str(fork))
+    for inherited in (listener, connection, *forks):
+        inherited.close()
+    for inherited in (owner_ended, *callers):
+        os.close(inherited)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     return job
-
-
-def watch(connection: socket.socket, fork: int):
-    """Pass on signals to the fork and its exit code to who asked; if that is killed, so is the fork."""
-    ended = os.pidfd_open(fork)
-    while ended not in select.select([connection, ended], [], [])[0]:
-        number = connection.recv(1)
-        os.kill(fork, signal.SIGKILL if not number or number[0] == KILL else number[0])
-        if not number:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
-    connection.send(str(code).encode())
-    os._exit(0)
 
 
 def end(status: dict[str, int]):
