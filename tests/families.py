@@ -95,7 +95,7 @@ def write_family(folder: Path, family: str, steep: bool = False, **settings) -> 
                 parameter.normal_(std=std)
     if steep:  # texts end each at its own length, at tokens that they come to
         tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "demo" / "model")
-        prompts = [tokenizer(build_prompt(row["dialogue"]), return_tensors="pt").input_ids for row in make_rows(12, 3)]
+        prompts = [tokenizer(build_prompt(row["dialogue"]), return_tensors="pt").input_ids for row in make_rows(8, 3)]
         model.generation_config.eos_token_id = None
         texts = [model.eval().generate(ids, max_new_tokens=12, do_sample=False)[0].tolist() for ids in prompts]
         first = {ids[1] for ids in texts[::2]}
@@ -114,7 +114,7 @@ def find_targets(model: torch.nn.Module) -> list[str]:
 
 
 def decode_here_and_there(
-    folder: Path, stock: Path | None = None, num_dialogues: int = 12, **settings
+    folder: Path, stock: Path | None = None, num_dialogues: int = 8, **settings
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Dialogues' tokens: of our decoding in one batch, and of stock generate() one by one.
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import train_full
-import train_lora
 from utils.config import LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.batching import collate
 from utils.data.prefetch import move_batch
@@ -75,19 +74,11 @@ def test_gradients_of_any_batch_by_few_graphs(without_kernels, tmp_path, kind, n
     assert num_so_far == [num_graphs // 2] + [num_graphs] * 5
 
 
-@pytest.mark.parametrize(
-    ("script", "config_class", "weights"),
-    [
-        (train_full, TrainingConfig, "model"),
-        pytest.param(train_lora, LoraTrainingConfig, "adapter_model", marks=pytest.mark.slow),
-    ],
-)
-def test_a_training(without_kernels, data_files, tmp_path, script, config_class, weights):
+def test_a_training(without_kernels, data_files, tmp_path):
     """Its micro-batches have a few tokens more, and nothing that it leaves tells that it was compiled; without
     --compile it goes on where it was stopped."""
-    arguments = (script, config_class, write_flan_t5(tmp_path / "model", dropout_rate=0.0), data_files)
+    arguments = (train_full, TrainingConfig, write_flan_t5(tmp_path / "model", dropout_rate=0.0), data_files)
     common = {"max_train_steps": 3, "checkpointing_steps": 2, "mixed_precision": "no"}
-    common |= {"lora_dropout": 0.0} if script is train_lora else {}
     plain = train_in_process(*arguments, tmp_path / "plain", **common)
     ours = train_in_process(*arguments, tmp_path / "compiled", **common, compile=True)
     step = "checkpoints/step_000002"
@@ -99,9 +90,7 @@ def test_a_training(without_kernels, data_files, tmp_path, script, config_class,
     assert sum(line["padding_efficiency"] for line in ours["train"]) < sum(
         line["padding_efficiency"] for line in plain["train"]
     )
-    tensors = {
-        name: load_file(tmp_path / name / f"{weights}.safetensors") for name in ("plain", "compiled", "resumed")
-    }
+    tensors = {name: load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled", "resumed")}
     assert tensors["plain"].keys() == tensors["compiled"].keys()
     for name in ("compiled", "resumed"):
         # Rounding's; updates are steps of 1e-3.
@@ -110,11 +99,11 @@ def test_a_training(without_kernels, data_files, tmp_path, script, config_class,
 
 @pytest.mark.slow
 def test_two_processes(data_files, tmp_path):
-    """The gradient, where DDP exchanges it, is that of one process that compiles nothing."""
+    """LoRA's gradient, where DDP exchanges it, and its adapter are those of one process that compiles nothing."""
     write_flan_t5(tmp_path / "model", dropout_rate=0.0)
     words = [
-        "train_full.py", "--model_name_or_path", tmp_path / "model", "--train_file",
-        data_files["train"], "--max_train_steps", 2, "--total_train_batch_size", 16, "--logging_steps", 1,
+        "train_lora.py", "--model_name_or_path", tmp_path / "model", "--train_file", data_files["train"],
+        "--max_train_steps", 2, "--total_train_batch_size", 16, "--logging_steps", 1, "--lora_dropout", 0,
         "--per_device_train_batch_size", 4, "--mixed_precision", "no", "--output_dir",
     ]  # fmt: skip
     compiled = ["tests/without_kernels.py", *words, tmp_path / "compiled", "--compile", "true"]
@@ -126,6 +115,8 @@ def test_two_processes(data_files, tmp_path):
         records.append([(line["loss"], line["grad_norm"]) for line in read_jsonl(folder / "metrics.jsonl")])
     for ours, expected in zip(*records, strict=True):
         assert ours == pytest.approx(expected, rel=1e-5)
+    plain, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    assert ours.keys() == plain.keys() and usual_differences(ours, plain)[0] < 1e-5  # rounding's
 
 
 def test_refusals(without_kernels, flan_t5, tmp_path, monkeypatch):

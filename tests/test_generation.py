@@ -100,7 +100,7 @@ def test_beam_search_is_that_of_transformers(
     whose search ends when it is over; what a prompt's beams have in common is computed and kept once."""
     model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
     model.generation_config.update(early_stopping=early_stopping, **generation_settings)
-    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[::-1]]).input_ids
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[:-13:-1]]).input_ids
     num_computed, num_encoded = count_computed(model)
     settings = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 20}
     attended = []  # rows of queries and of keys, and queries in a row
@@ -267,7 +267,7 @@ def test_a_killed_generation_resumes(unsure_model, tmp_path):
     def command(output_dir: Path, *words: str) -> list[str]:
         return [
             "evaluate_rouge.py", "--demo", "--models", f"a={unsure_model}", "b=demo/model",
-            "--per_device_eval_batch_size", "1", "--output_dir", str(output_dir), *words,
+            "--per_device_eval_batch_size", "1", "--max_eval_samples", "60", "--output_dir", str(output_dir), *words,
         ]  # fmt: skip
 
     whole = run_script(*command(tmp_path / "whole"))
@@ -276,13 +276,13 @@ def test_a_killed_generation_resumes(unsure_model, tmp_path):
     killed = tmp_path / "killed"
     partial_file = killed / "predictions.partial-0.jsonl"
     process = start_script(*command(killed))
-    while not (partial_file.exists() and partial_file.read_text().count('"key"') >= 15):
+    while not (partial_file.exists() and partial_file.read_text().count('"key"') >= 10):
         assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.001)
     process.send_signal(KILL)
     process.wait()
     lines = [line for line in partial_file.read_text().split("\n") if line]
-    assert len(lines) < 82 and not (killed / "predictions.jsonl").exists()  # 41 prompts, one a batch, twice
+    assert len(lines) < 40 and not (killed / "predictions.jsonl").exists()  # 20 prompts, one a batch, twice
     with partial_file.open("a") as file:
         file.write("\n" + lines[-1][:40])  # torn
     num_whole = sum(line.endswith("}") for line in lines)
