@@ -89,12 +89,20 @@ def read_jsonl(path: Path) -> list[dict]:
 SLOW_FIXTURES = {"demo", "on_two", "open_page"}  # they start trainings or a browser
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-    # First, and so all in one of pytest's workers: another would have to wait for its Slurm.
-    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+    yield  # -m leaves out what was not asked for
+    # Slurm's first, and so all in the first worker: another would have to wait for its Slurm. They often wait, and the
+    # second worker, which begins in the middle, begins with tests that keep both cores busy.
+    parts = {"test_slurm.py": [], "": [], "test_strategies.py": []}
+    for item in items:
+        parts.get(item.path.name, parts[""]).append(item)
+    first, others, busy = parts.values()
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = first + others[:middle] + busy + others[middle:]
 
 
 def pytest_collection_finish():

@@ -238,7 +238,7 @@ def read_if_there(output_dir: Path) -> list[tuple]:
         return []
 
 
-LONG = {"max_train_steps": 80, "logging_steps": 7, "eval_steps": 50, "checkpointing_steps": 10, "learning_rate": 1e-3}
+LONG = {"max_train_steps": 40, "logging_steps": 7, "eval_steps": 25, "checkpointing_steps": 10, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number
     step = verify_checkpoint(find_checkpoints(output_dir)[0])["step"]
     log = (tmp_path / "out.log").read_text()
     assert f"stopped after step {step}; resume with --resume_from_checkpoint latest" in log
-    assert step < 80 and "Traceback" not in log
+    assert step < LONG["max_train_steps"] and "Traceback" not in log
     assert resume(kind, paths, output_dir, **LONG) == 0
     check_same(kind, output_dir, long_never_stopped[kind])
 
@@ -408,7 +408,10 @@ def test_a_signal_to_the_launcher(paths, tmp_path):
         process.terminate()
         process.wait(60)
     step = verify_checkpoint(find_checkpoints(output_dir)[0])["step"]
-    assert step < 80 and f"stopped after step {step}; resume with" in (tmp_path / "out.log").read_text()
+    assert (
+        step < LONG["max_train_steps"]
+        and f"stopped after step {step}; resume with" in (tmp_path / "out.log").read_text()
+    )
 
 
 # --- damage --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_a_training(without_kernels, data_files, tmp_path):
 @pytest.mark.slow
 def test_two_processes(data_files, tmp_path):
     """LoRA's gradient, where DDP exchanges it, and its adapter are those of one process that compiles nothing."""
-    write_flan_t5(tmp_path / "model", dropout_rate=0.0)
+    write_flan_t5(tmp_path / "model", dropout_rate=0.0, num_layers=1)
     words = [
         "train_lora.py", "--model_name_or_path", tmp_path / "model", "--train_file", data_files["train"],
         "--max_train_steps", 2, "--total_train_batch_size", 16, "--logging_steps", 1, "--lora_dropout", 0,

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 TWO_NODES = ("--nodes", "2")
 UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-NUM_STEPS = 60
+NUM_STEPS = 40
 NUM_SHORT_STEPS = 6
 ENDLESS = ("--max_train_steps", "100000")
 
