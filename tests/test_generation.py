@@ -91,8 +91,17 @@ def test_texts_that_have_ended_cost_nothing(unsure_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize(("num_beams", "length_penalty"), [(2, 0.0), (3, 1.0), (5, -1.0), (5, 2.0)])
-@pytest.mark.parametrize("generation_settings", [{}, {"eos_token_id": [1, 5], "no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize(
+    ("num_beams", "length_penalty", "generation_settings"),
+    [
+        (2, 0.0, {}),
+        (3, 1.0, {}),
+        (5, -1.0, {}),
+        (5, 2.0, {}),
+        (3, 1.0, {"eos_token_id": [1, 5], "no_repeat_ngram_size": 2}),
+        (5, -1.0, {"eos_token_id": [1, 5], "no_repeat_ngram_size": 2}),
+    ],
+)
 def test_beam_search_is_that_of_transformers(
     unsure_model, monkeypatch, early_stopping, num_beams, length_penalty, generation_settings
 ):

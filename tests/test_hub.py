@@ -33,8 +33,12 @@ def write_split(path: Path, ids: list[str], dialogues: list[str]):
 
 
 def make_dialogues(num_dialogues: int, seed: int) -> list[str]:
+    """The first is longer than the others, as some of DialogSum are; a micro-batch then holds more of the others."""
     rng = random.Random(seed)
-    return [f"you: {rng.choice(WORDS)}\nI: {rng.choice(WORDS)}" for _ in range(num_dialogues)]
+    return [
+        "\n".join(f"you: {rng.choice(WORDS)}\nI: {rng.choice(WORDS)}" for _ in range(1 if index else 6))
+        for index in range(num_dialogues)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +67,14 @@ def online(hub, tmp_path_factory) -> dict[str, str]:
 def launch(
     folder: Path, environment: dict[str, str], script: str, *words: str, cold: bool = False
 ) -> subprocess.CompletedProcess:
-    """`accelerate launch SCRIPT WORDS` from `folder`; whatever happens, no process of it stays. `cold` as for
-    run_script."""
+    """`accelerate launch SCRIPT WORDS` from `folder`; whatever happens, no process of it stays. `cold`: the script
+    imports the libraries anew."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ACCELERATE_"))}
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1"} | environment
-    command = [Path(sys.executable).with_name("accelerate"), "launch", REPOSITORY / script, *words]
-    if not cold:
-        command, environment = warm_launch(REPOSITORY / script, **environment)
-        command += words
+    command, warm = warm_launch(REPOSITORY / script, **({} if cold else environment))
+    if cold:  # the launcher alone is warm
+        del command[-2]
+    command, environment = [*command, *words], environment | warm
     with subprocess.Popen(
         command,
         cwd=folder,

@@ -241,20 +241,6 @@ def test_bart(start, tmp_path, capsys):
     assert f"parameters  {num_parameters:,}, of which {num_parameters:,} are trained" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
-    """A model of 19 million parameters, of which 16 are embedding and head as in Flan-T5, and rows of equal length."""
-    folder = tmp_path_factory.mktemp("large")
-    model = write_flan_t5(
-        folder / "model", vocab_size=32128, d_model=256, d_kv=64, num_heads=4, d_ff=768, num_layers=3
-    )
-    rows = [
-        {"id": str(number), "dialogue": f"{number % 10} " + "you can lend " * 40, "summary": "I can meet you " * 6}
-        for number in range(32)
-    ]
-    return model, {name: write_rows(folder / f"{name}.jsonl", rows) for name in ("train", "validation")}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "precision", "strategy", "size"),
@@ -269,8 +255,17 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
         ("lora", "bf16", "fsdp2", 1),
     ],
 )
-def test_estimates_are_near_the_measured_peak(large, tmp_path, monkeypatch, kind, precision, strategy, size):
-    """tests/real_sizes.py tries the other strategies, and a model of real size."""
+def test_estimates_are_near_the_measured_peak(tmp_path, monkeypatch, kind, precision, strategy, size):
+    """Most of the model is embedding and head, as in Flan-T5, and rows are of equal length. tests/real_sizes.py tries
+    the other strategies, and a model of real size."""
+    # 11 million parameters; 19 where little is computed, and what Python itself takes would count for more.
+    shape = {"d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 768, "num_layers": 3}
+    model = write_flan_t5(tmp_path / "model", vocab_size=16064 if kind == "full" else 32128, **shape)
+    rows = [
+        {"id": str(number), "dialogue": f"{number % 10} " + "you can lend " * 40, "summary": "I can meet you " * 6}
+        for number in range(32)
+    ]
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation")}
     # For the bf16 units of some CPUs oneDNN copies weights into scratch memory and keeps it, 20 MB and more here. That
     # is left out of the estimate: it is little beside a model of real size.
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
@@ -279,7 +274,7 @@ def test_estimates_are_near_the_measured_peak(large, tmp_path, monkeypatch, kind
     batches = ("--per_device_train_batch_size", size, "--total_train_batch_size", total)
     batches += ("--max_train_steps", 2 if kind == "full" else 1)  # an adapter has hardly any moments
     command = words(
-        "full" if kind == "full" else "lora", *large, tmp_path / "out", "--mixed_precision", precision, *batches,
+        "full" if kind == "full" else "lora", model, files, tmp_path / "out", "--mixed_precision", precision, *batches,
         "--max_eval_samples", 4, *(["--merge_into", tmp_path / "merged"] if kind == "merge" else []),
     )  # fmt: skip
     estimate, measured = estimate_and_measure_peak(strategy, command, tmp_path)
