@@ -24,12 +24,14 @@ MODELS = ["original", "full", "lora"]
 
 
 def write_split(path: Path, ids: list[str], dialogues: list[str]):
-    """A split as the hub's csv files have it: quoted line ends, and a topic that is not used."""
+    """A split as the hub's csv files have it: quoted line ends, and a topic that is not used. The first summary is
+    longer than the others."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "dialogue", "summary", "topic"])
         for number, (row_id, dialogue) in enumerate(zip(ids, dialogues, strict=True)):
-            writer.writerow([row_id, dialogue, f"meet at the {WORDS[number % len(WORDS)]}.", "small talk"])
+            summary = f"meet at the {WORDS[number % len(WORDS)]}." * (1 if number else 6)
+            writer.writerow([row_id, dialogue, summary, "small talk"])
 
 
 def make_dialogues(num_dialogues: int, seed: int) -> list[str]:
@@ -147,7 +149,7 @@ def test_readme_for_a_machine_without_a_network(hub, online, tmp_path):
         subprocess.run(words, env=inherited | online, check=True, capture_output=True, timeout=120)
     offline = online | {"HF_HUB_OFFLINE": "1"}  # the hub would answer, and is not asked
     num_requests = len(hub.requests)
-    run = launch(tmp_path, offline, "train_lora.py", "--max_train_steps=2", cold=True)
+    run = launch(tmp_path, offline, "train_lora.py", "--max_train_samples=512", cold=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "flan-t5-base-dialogsum-lora" / "adapter_model.safetensors").is_file()
     assert len(hub.requests) == num_requests

@@ -55,7 +55,7 @@ def words(kind: str, inputs: dict[str, Path], output_dir: Path, *more: str) -> l
         f"train_{kind}.py", "--model_name_or_path", inputs["model"], "--train_file", inputs["train"],
         "--validation_file", inputs["validation"], "--total_train_batch_size", BATCH_SIZE, "--logging_steps", 1,
         "--per_device_train_batch_size", 3, "--learning_rate", LEARNING_RATE, "--mixed_precision", "no",
-        "--eval_steps", 2, "--checkpointing_steps", 2, "--output_dir", output_dir, *lora, *more,
+        "--eval_steps", 4, "--checkpointing_steps", 2, "--output_dir", output_dir, *lora, *more,
     ]  # fmt: skip
 
 
