@@ -1,6 +1,6 @@
 """What the tests share: a two-layer Flan-T5, dialogues of unequal length, and the scripts run as users run them.
 
-pytest's first process imports this, too, and only starts those that run the tests: torch is imported where it is used.
+pytest's controller imports this too, and runs no tests, so torch is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -89,20 +89,12 @@ def read_jsonl(path: Path) -> list[dict]:
 SLOW_FIXTURES = {"demo", "on_two", "open_page"}  # they start trainings or a browser
 
 
-@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-    yield  # -m leaves out what was not asked for
-    # Slurm's first, and so all in the first worker: another would have to wait for its Slurm. They often wait, and the
-    # second worker, which begins in the middle, begins with tests that keep both cores busy.
-    parts = {"test_slurm.py": [], "": [], "test_strategies.py": []}
-    for item in items:
-        parts.get(item.path.name, parts[""]).append(item)
-    first, others, busy = parts.values()
-    middle = max(0, len(items) // 2 - len(first))
-    items[:] = first + others[:middle] + busy + others[middle:]
+    # First, and so all in one of pytest's workers: another would have to wait for its Slurm.
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
 
 
 def pytest_collection_finish():
@@ -215,13 +207,12 @@ def run_script(*words: str | Path, num_processes: int = 1, timeout: int = 300, c
     return run_command(sys.executable, *words, timeout=timeout, **environment)
 
 
-def start_script(*words: str | Path, stderr=subprocess.DEVNULL, start_new_session: bool = False) -> subprocess.Popen:
-    """Start a script and its arguments. warm.KILL kills it."""
+def start_script(*words: str | Path, cold: bool = False, **settings) -> subprocess.Popen:
+    """Start a script and its arguments, with Popen's settings. Kill it with warm.KILL: its fork has then ended when
+    wait() returns. `cold` as for run_script."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "WARM_SOCKET": start_warm_server()}
-    command = [sys.executable, "tests/warm.py", *map(str, words)]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stderr=stderr, start_new_session=start_new_session
-    )
+    command = [sys.executable, *([] if cold else ["tests/warm.py"]), *map(str, words)]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **({"stderr": subprocess.DEVNULL} | settings))
 
 
 @functools.cache
@@ -244,11 +235,16 @@ def start_warm_server(**environment: str) -> str:
     return str(path)
 
 
-def warm_launch(script: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
-    """The words of `accelerate launch SCRIPT`, to be run in any folder, and what they need in the environment. The
-    script forks from a process that has imported the libraries under this environment."""
+def warm_launch(script: Path, cold: bool = False, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """The words of `accelerate launch SCRIPT`, to be run in any folder, and what they need in the environment. Both
+    fork from a process that has imported the libraries under this environment.
+
+    Args:
+        cold: the script imports them anew.
+    """
     warm = str(REPOSITORY / "tests" / "warm.py")
-    words = [sys.executable, warm, "-m", "accelerate.commands.accelerate_cli", "launch", warm, str(script)]
+    words = [sys.executable, warm, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    words += [str(script)] if cold else [warm, str(script)]
     return words, environment | {"WARM_SOCKET": start_warm_server(**environment)}
 
 
@@ -259,41 +255,32 @@ def run_command(*words: str | Path, timeout: int = 300, **environment: str):
     )
 
 
-def launch(strategy: str, *script: str | Path, lowered: bool = True, timeout: int = 300, cold: bool = False):
+def launch(strategy: str, *script: str | Path, lowered: bool = True, timeout: int = 300):
     """Start a script under a strategy, as users do: on two CPU processes, but for "one process".
 
     Args:
         lowered: with the libraries' thresholds so low that a tiny model meets them.
-        cold: see run_script.
     """
     if strategy == "one process":
-        return run_script(*script, timeout=timeout, cold=cold)
+        return run_script(*script, timeout=timeout)
     if lowered:
         script = ("tests/lowered_thresholds.py", *script)
     if strategy == "ddp":
-        return run_script(*script, num_processes=2, timeout=timeout, cold=cold)
+        return run_script(*script, num_processes=2, timeout=timeout)
     if strategy == "fsdp2":
         fsdp = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
         settings = {name.upper(): str(value) for name, value in fsdp.items()} | {"ACCELERATE_USE_FSDP": "true"}
         script = ("tests/fsdp_on_cpu.py", *script)  # accelerate launch would start it for a GPU
-        return run_script(*script, num_processes=2, timeout=timeout, cold=cold, **settings)
+        return run_script(*script, num_processes=2, timeout=timeout, **settings)
     words = ("--config_file", f"accelerate_configs/{strategy}.yaml", "--num_processes", 2, "--main_process_port", 0)
-    return accelerate_launch(*words, script=script, timeout=timeout, cold=cold, DS_ACCELERATOR="cpu")
+    return accelerate_launch(*words, script=script, timeout=timeout, DS_ACCELERATOR="cpu")
 
 
-def accelerate_launch(
-    *words: str | Path, script: Sequence[str | Path], timeout: int = 300, cold: bool = False, **environment: str
-):
-    """`accelerate launch WORDS SCRIPT`.
-
-    Args:
-        cold: see run_script. Without it, the script cannot find the launcher's arguments, as it is not its child.
-    """
-    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", *words)
-    if not cold:
-        environment |= {"WARM_SOCKET": start_warm_server()}
-        launcher, script = ("tests/warm.py", *launcher), ("tests/warm.py", *script)
-    return run_command(sys.executable, *launcher, *script, timeout=timeout, **environment)
+def accelerate_launch(*words: str | Path, script: Sequence[str | Path], timeout: int = 300, **environment: str):
+    """`accelerate launch WORDS SCRIPT`. The script cannot find the launcher's arguments, as it is not its child."""
+    launcher = ("tests/warm.py", "-m", "accelerate.commands.accelerate_cli", "launch", *words)
+    environment |= {"WARM_SOCKET": start_warm_server()}
+    return run_command(sys.executable, *launcher, "tests/warm.py", *script, timeout=timeout, **environment)
 
 
 def keep_checkpoint(finished: Path, output_dir: Path, step: int = 2) -> Path:

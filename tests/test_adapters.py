@@ -71,7 +71,12 @@ def write_adapter(folder: Path, base: Path, config: PeftConfig) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("lora", "head", "ia3", "prompt", "prefix")  # one of each way to be loaded
+
+
+@pytest.mark.parametrize(
+    "kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
+)
 def test_texts_are_those_of_peft(base, tmp_path, kind):
     folder = write_adapter(tmp_path, base, KINDS[kind])
     tokenizer, stock = load_tokenizer(str(base)), AutoModelForSeq2SeqLM.from_pretrained(base).eval()

@@ -136,16 +136,14 @@ def never_stopped(paths, make_once) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def stopped(paths, make_once) -> dict[str, Path]:
-    """Runs stopped in step 8, with checkpoints of 5 and 8. Not to be written to."""
-
-    def fill(folder: Path):
-        for kind in SCRIPTS:
-            assert stop_in_step(8, kind, paths, folder / kind) == EXIT_STOPPED
-            assert [path.name for path in find_checkpoints(folder / kind)] == ["step_000008", "step_000005"]
-
-    folder = make_once("stopped", fill)
-    return {kind: folder / kind for kind in SCRIPTS}
+def stopped(paths, tmp_path_factory) -> dict[str, Path]:
+    """Runs stopped in step 8, with checkpoints of 5 and 8. Not to be written to, though runs that are refused lock
+    them."""
+    folders = {kind: tmp_path_factory.mktemp("stopped") / kind for kind in SCRIPTS}
+    for kind, folder in folders.items():
+        assert stop_in_step(8, kind, paths, folder) == EXIT_STOPPED
+        assert [path.name for path in find_checkpoints(folder)] == ["step_000008", "step_000005"]
+    return folders
 
 
 @pytest.fixture
@@ -215,10 +213,10 @@ def to_words(settings: dict) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(words: list, output_dir: Path):
+def started(words: list, output_dir: Path, cold: bool = False):
     """A process of its own, with its first train line already written; killed if it does not end by itself."""
     with (output_dir.parent / f"{output_dir.name}.log").open("w+") as log:
-        process = start_script(*words, stderr=log, start_new_session=True)
+        process = start_script(*words, cold=cold, stderr=log, start_new_session=True)
         try:
             deadline = time.monotonic() + 120
             while not any(split == "train" for _, split, *_ in read_if_there(output_dir)):
@@ -258,7 +256,8 @@ def long_never_stopped(paths, make_once) -> dict[str, Path]:
 def test_a_signal_to_a_process(paths, long_never_stopped, tmp_path, kind, number):
     output_dir = tmp_path / "out"
     words = [f"train_{kind}.py", *to_words(SETTINGS | paths | LONG), f"--output_dir={output_dir}"]
-    with started(words, output_dir) as process:
+    # One of them cold: a process that was not forked.
+    with started(words, output_dir, cold=number == signal.SIGUSR1) as process:
         process.send_signal(number)
         assert process.wait(60) == EXIT_STOPPED
     step = verify_checkpoint(find_checkpoints(output_dir)[0])["step"]

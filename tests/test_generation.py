@@ -109,7 +109,7 @@ def test_beam_search_is_that_of_transformers(
     whose search ends when it is over; what a prompt's beams have in common is computed and kept once."""
     model, tokenizer = load_model(str(unsure_model), "sdpa", torch.float32).eval(), load_tokenizer(str(unsure_model))
     model.generation_config.update(early_stopping=early_stopping, **generation_settings)
-    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[:-13:-1]]).input_ids
+    prompts = tokenizer([build_prompt(dialogue) for dialogue in load_dialogues()[-12:][::-1]]).input_ids
     num_computed, num_encoded = count_computed(model)
     settings = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 20}
     attended = []  # rows of queries and of keys, and queries in a row

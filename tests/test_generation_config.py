@@ -55,7 +55,9 @@ def give(model: Path, folder: Path, **settings) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("more", [{}, {"forced_bos_token_id": 17}], ids=["", "forced"])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"forced_bos_token_id": 17}, marks=pytest.mark.slow)], ids=["", "forced"]
+)
 @pytest.mark.parametrize("name", [*COUNTED, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_setting_is_followed_as_generate_follows_it(steep, plain, tmp_path, name, more):
     value = (COUNTED | OTHERS)[name]

@@ -258,7 +258,7 @@ def test_bart(start, tmp_path, capsys):
 def test_estimates_are_near_the_measured_peak(tmp_path, monkeypatch, kind, precision, strategy, size):
     """Most of the model is embedding and head, as in Flan-T5, and rows are of equal length. tests/real_sizes.py tries
     the other strategies, and a model of real size."""
-    # 11 million parameters; 19 where little is computed, and what Python itself takes would count for more.
+    # 11 million parameters where all are trained; 19 for the others, where Python's own memory would weigh too much.
     shape = {"d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 768, "num_layers": 3}
     model = write_flan_t5(tmp_path / "model", vocab_size=16064 if kind == "full" else 32128, **shape)
     rows = [

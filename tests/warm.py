@@ -7,9 +7,10 @@ long as the work of most tests.
     WARM_SOCKET=SOCKET python tests/warm.py -m torch.distributed.run ... tests/warm.py train_full.py ...
 
 The fork takes over the caller's arguments, environment, working directory and standard streams; the caller's signals
-are passed on to it (KILL as SIGKILL: a caller that is killed itself is gone before its fork is), and its exit code
-becomes the caller's. At its end a fork leaves out freeing its modules, which would take half a second. Do not use it
-to test import-time behaviour, the memory of a whole process, a script's parent processes, or the very end of one.
+are passed on to it, and its exit code becomes the caller's. KILL is passed on as SIGKILL: after a real one the caller
+would be gone while its fork may still run. At its end a fork leaves out freeing its modules and the libraries' own
+tidying, which would take half a second. Do not use it to test import-time behaviour, the memory of a whole process, a
+script's parent processes, or the very end of one.
 """
 
 import atexit
@@ -40,10 +41,10 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, KILL)
 
 def run_in_fork():
     """Have the server's fork run the command line, then exit as it did."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.environ["WARM_SOCKET"])
     job = {"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
     job = marshal.dumps((os.getpid(), job))
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ["WARM_SOCKET"])
     socket.send_fds(connection, [len(job).to_bytes(8, "big")], [0, 1, 2])
     connection.sendall(job)
     for number in FORWARDED:
@@ -69,16 +70,16 @@ def import_libraries():
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda: "method"
     # For a CPU DeepSpeed compiles an all-reduce in shared memory, for a minute; on a GPU there is none. gloo does it.
     sys.modules["deepspeed.ops"].__compatible_ops__["deepspeed_shm_comm"] = False
-    for tidying in weakref.finalize._registry:  # of what the libraries have made up to now, and each fork shares
+    for tidying in weakref.finalize._registry:  # of what the libraries have made, and the forks only share
         tidying.atexit = False
 
 
 def serve(path: str, owner: int) -> dict:
-    """Fork for each that asks, pass its signals on and the fork's exit code back; returns, in the forks alone, what
-    they are to run.
+    """Fork for each caller, pass its signals on and the fork's exit code back, until `owner` ends. Returns only in a
+    fork: the job to run.
 
     Args:
-        owner: the process with which this one ends, however that ends.
+        owner: a process. This one and all forks end when it does, for whatever reason.
     """
     owner_ended = os.pidfd_open(owner)
     listener = socket.socket(socket.AF_UNIX)
@@ -87,37 +88,44 @@ def serve(path: str, owner: int) -> dict:
     gc.collect()
     gc.freeze()  # so that the forks' garbage collections leave the pages that they share alone
     print("ready", flush=True)  # noqa: T201
-    forks, callers = {}, {}  # a fork's process id by its caller's connection, and the connection by the fork's end
+    forks, callers, killed = {}, {}, set()  # a connection's fork, the connection of a fork's pidfd; of callers
     while True:
-        ready, _, _ = select.select([listener, owner_ended, *forks, *callers], [], [])
+        ready, _, _ = select.select([listener, owner_ended, *forks.keys() - killed, *callers], [], [])
         if owner_ended in ready:
+            for fork in forks.values():
+                os.kill(fork, signal.SIGKILL)
             sys.exit()
         for connection in forks.keys() & ready:
-            number = connection.recv(1)  # nothing from a caller that was killed
+            number = connection.recv(1)
+            if not number:
+                killed.add(connection)
             os.kill(forks[connection], signal.SIGKILL if number in (b"", bytes([KILL])) else number[0])
         for ended in callers.keys() & ready:
             connection = callers.pop(ended)
             _, status = os.waitpid(forks.pop(connection), 0)
-            with contextlib.suppress(BrokenPipeError):
-                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            if connection not in killed:
+                with contextlib.suppress(BrokenPipeError):  # killed since
+                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            killed.discard(connection)
             connection.close()
             os.close(ended)
         if listener in ready:
             connection, _ = listener.accept()
             size, files, _, _ = socket.recv_fds(connection, 8, 3)
             content = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
-            if not size or len(content) < int.from_bytes(size, "big"):  # killed while it was asking
-                connection.close()
-                continue
-            caller, job = marshal.loads(content)
-            fork = os.fork()
+            whole = size and len(content) == int.from_bytes(size, "big")  # or it was killed while it was asking
+            fork = os.fork() if whole else None
             if fork == 0:
                 break
             for file in files:
                 os.close(file)
+            if fork is None:
+                connection.close()
+                continue
             forks[connection] = fork
             callers[os.pidfd_open(fork)] = connection
-            with open(f"{path}-{caller}", "w") as file:  # for who looks for the fork
+            caller, _ = marshal.loads(content)
+            with open(f"{path}-{caller}", "w") as file:  # for tests that signal the fork itself
                 file.write(str(fork))
     for inherited in (listener, connection, *forks):
         inherited.close()
@@ -126,6 +134,7 @@ def serve(path: str, owner: int) -> dict:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    _, job = marshal.loads(content)
     return job
 
 
