@@ -89,6 +89,11 @@ def read_jsonl(path: Path) -> list[dict]:
 SLOW_FIXTURES = {"demo", "on_two", "open_page"}  # they start trainings or a browser
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One a core, and another while the slow tests wait for Slurm."""
+    return min(os.cpu_count(), 8) + (config.option.markexpr != "not slow")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):

@@ -1,12 +1,14 @@
-"""What several files of tests use: models of other families, a training in this process, gradients and logits,
-peaks of memory."""
+"""What several files of tests use: models of other families, a script or a training in this process, gradients and
+logits, peaks of memory."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
+import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, launch, make_rows, read_jsonl, relative_difference
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -18,8 +20,19 @@ from transformers import (
     T5Tokenizer,
 )
 
+import evaluate_rouge
+import train_full
+import train_lora
+import utils.launch.script
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig
+from utils.launch.script import run_script
 from utils.prompting import build_prompt
 
+SCRIPTS = {
+    "train_full": (train_full.main, TrainingConfig),
+    "train_lora": (train_lora.main, LoraTrainingConfig),
+    "evaluate_rouge": (evaluate_rouge.main, EvaluationConfig),
+}
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 RECORDS = ["loss_curve.png", "metrics.jsonl", "run_manifest.json"]
 MODEL_FILES = [*TOKENIZER_FILES, "generation_config.json", "README.md"]
@@ -83,6 +96,27 @@ def check_gradient(model_path, saved, num_processes):
     assert saved["num_processes"] == num_processes
     # Rounding alone: 1.7e-7 to 2.7e-7 was measured.
     assert relative_difference(saved["gradients"], plain_gradient(model_path, make_rows(40))) < 1e-6
+
+
+def start(script: str, *words: str | Path):
+    """The script's entry point, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(
+            utils.launch.script, "leave_process_group", lambda: None
+        )  # this process keeps running, and obeys signals
+        reset_accelerator_state()
+        try:
+            run_script(*SCRIPTS[script], f"{script}.yaml")
+        finally:
+            reset_accelerator_state()
+
+
+def reset_accelerator_state():
+    """Accelerate allows one precision per process, which is that of a script and not of the tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def train_in_process(script, config_class, flan_t5, data_files, output_dir, **settings):

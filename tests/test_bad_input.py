@@ -18,57 +18,27 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, make_rows, read_jsonl, start_warm_server, write_rows
+from helpers import SCRIPTS, start
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
-import evaluate_rouge
-import train_full
-import train_lora
 import utils.launch.script
 from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.data.rows import load_rows
 from utils.launch.command_line import parse_config
 from utils.launch.locks import lock_folder
 from utils.launch.output_dir import check_output_dir, set_aside
-from utils.launch.script import run_script
 from utils.prompting import build_prompt
 from utils.scoring.metrics.rouge import METRICS, score_texts
 
-SCRIPTS = {
-    "train_full": (train_full.main, TrainingConfig),
-    "train_lora": (train_lora.main, LoraTrainingConfig),
-    "evaluate_rouge": (evaluate_rouge.main, EvaluationConfig),
-}
 TRAINING = ("train_full", "train_lora")
 FP16_REASON = "fp16 overflows in T5 and trains to NaN; use --mixed_precision bf16, or no on a device without bf16"
 GOOD = {"id": "a", "dialogue": "#Person1#: Hi.", "summary": "A greeting."}
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 both_trainings = pytest.mark.parametrize("script", TRAINING)
-
-
-def start(script: str, *words: str | Path):
-    """The script's entry point, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(
-            utils.launch.script, "leave_process_group", lambda: None
-        )  # this process keeps running, and obeys signals
-        reset_accelerator_state()
-        try:
-            run_script(*SCRIPTS[script], f"{script}.yaml")
-        finally:
-            reset_accelerator_state()
-
-
-def reset_accelerator_state():
-    """Accelerate allows one precision per process, which is that of a script and not of the tests."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

@@ -121,6 +121,7 @@ def test_probing_leaves_no_gradient(parts, monkeypatch):
     assert all(parameter.grad is None for parameter in parts[1].parameters())
 
 
+@pytest.mark.slow
 def test_preflight_estimates_it(parts, flan_t5):
     accelerator, _, data, config = parts
     shapes, lengths = load_model(str(flan_t5), "sdpa", torch.float32, without_weights=True), measure_lengths(data)

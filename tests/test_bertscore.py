@@ -193,6 +193,7 @@ def test_encoders_that_cannot_be_used(encoders, tmp_path, monkeypatch):
         load(broken)
 
 
+@pytest.mark.slow
 def test_an_evaluation(encoders, tmp_path):
     """Scores, table and page; the same evaluation, repeated, is the same only with the same encoder."""
     pytest.importorskip("bert_score", reason="the optional package of requirements-bertscore.txt is not installed")

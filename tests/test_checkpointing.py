@@ -486,6 +486,7 @@ def test_no_good_checkpoint_is_no_beginning(paths, copy_of_stopped):
     assert read_record(copy_of_stopped) == record
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_and_code_2(paths, copy_of_stopped):
     newest = find_checkpoints(copy_of_stopped)[0]
     damage(newest / "state.json", "one bit flipped")
@@ -945,6 +946,7 @@ def test_no_room_for_the_export(paths, small_disk, num_processes):
     assert [name for name in weights if not exported[name].equal(weights[name])] == []
 
 
+@pytest.mark.slow
 def test_no_room_at_the_start(paths, small_disk):
     disk = small_disk(16)
     (disk / "theirs").write_bytes(bytes(16 * 1024))
@@ -956,6 +958,7 @@ def test_no_room_at_the_start(paths, small_disk):
     assert os.listdir(disk) == ["theirs"]
 
 
+@pytest.mark.slow
 def test_a_read_only_disk(paths, copy_of_stopped, small_disk):
     """At the start, and for a run to be resumed, whose STOP file and metrics it would have to change."""
     disk = small_disk(8000)

@@ -39,7 +39,7 @@ def without_kernels(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "num_graphs"),
-    [("bart", 4), pytest.param("t5", 4, marks=pytest.mark.slow), pytest.param("lora", 8, marks=pytest.mark.slow)],
+    [("bart", 4), pytest.param("lora", 8, marks=pytest.mark.slow)],
 )
 def test_gradients_of_any_batch_by_few_graphs(without_kernels, tmp_path, kind, num_graphs):
     """Of many examples, of one and of none; sources longer than targets, shorter and as long. The encoder's blocks
@@ -77,6 +77,7 @@ def test_gradients_of_any_batch_by_few_graphs(without_kernels, tmp_path, kind, n
     assert num_so_far == [num_graphs // 2] + [num_graphs] * 5
 
 
+@pytest.mark.slow
 def test_a_training(without_kernels, data_files, tmp_path):
     """Its micro-batches have a few tokens more, and nothing that it leaves tells that it was compiled; without
     --compile it goes on where it was stopped."""

@@ -56,9 +56,15 @@ def give(model: Path, folder: Path, **settings) -> Path:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, pytest.param({"forced_bos_token_id": 17}, marks=pytest.mark.slow)], ids=["", "forced"]
-)
-@pytest.mark.parametrize("name", [*COUNTED, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+    ("name", "more"),
+    [
+        *(pytest.param(name, {}, id=name) for name in COUNTED),
+        *(pytest.param(name, {}, marks=pytest.mark.slow, id=name) for name in OTHERS),
+        # Where the token that is forced counts, or would be forbidden.
+        *(pytest.param(name, {"forced_bos_token_id": 17}, marks=pytest.mark.slow, id=f"{name}-forced")
+          for name in ("min_length", "begin_suppress_tokens", "repetition_penalty", "suppress_tokens")),
+    ],
+)  # fmt: skip
 def test_a_setting_is_followed_as_generate_follows_it(steep, plain, tmp_path, name, more):
     value = (COUNTED | OTHERS)[name]
     folder = give(steep, tmp_path / "own", **more | {name: value})
@@ -164,6 +170,7 @@ def test_a_file_that_holds_no_settings(steep, tmp_path, content):
         load_model(str(folder), "sdpa", torch.float32, "model")
 
 
+@pytest.mark.slow
 def test_the_mistake_is_the_only_line(steep, data_files, tmp_path):
     folder = give(steep, tmp_path / "own", min_length="many")
     texts = write_rows(tmp_path / "texts.jsonl", [{"dialogue": "Hi."}])

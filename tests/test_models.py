@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import read_jsonl, run_script
 from gradient_worker import main as save_gradient
-from helpers import check_gradient, train_in_process, write_bart, write_t5
+from helpers import check_gradient, reset_accelerator_state, train_in_process, write_bart, write_t5
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -19,9 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import evaluate_rouge
 import train_full
 import train_lora
-from utils.config import LoraTrainingConfig, TrainingConfig, UserError
+from utils.config import EvaluationConfig, LoraTrainingConfig, TrainingConfig, UserError
 from utils.modeling.lora import add_lora
 from utils.modeling.shapes import count_parameters
 from utils.prompting import build_prompt
@@ -31,13 +32,15 @@ KINDS = {"full": (train_full, TrainingConfig), "lora": (train_lora, LoraTraining
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    write_t5(folder / "t5", T5ForConditionalGeneration, T5Config, True, "relu")
-    write_t5(folder / "t5-v1_1", T5ForConditionalGeneration, T5Config, False, "gated-gelu")
-    write_t5(folder / "mt5", MT5ForConditionalGeneration, MT5Config, False, "gated-gelu")
-    write_bart(folder / "bart")
+def models(make_once) -> dict[str, Path]:
+    def fill(folder: Path):
+        torch.manual_seed(0)
+        write_t5(folder / "t5", T5ForConditionalGeneration, T5Config, True, "relu")
+        write_t5(folder / "t5-v1_1", T5ForConditionalGeneration, T5Config, False, "gated-gelu")
+        write_t5(folder / "mt5", MT5ForConditionalGeneration, MT5Config, False, "gated-gelu")
+        write_bart(folder / "bart")
+
+    folder = make_once("models", fill)
     return {name: folder / name for name in TARGETS}
 
 
@@ -49,18 +52,19 @@ def test_gradient_is_that_of_the_models_own_loss(models, data_files, tmp_path, n
 
 
 @pytest.fixture(scope="module")
-def trained(models, data_files, tmp_path_factory) -> dict[tuple[str, str], Path]:
+def trained(make_once, models, data_files) -> dict[tuple[str, str], Path]:
     """Each model trained fully and with LoRA; that it reads back as it was trained is checked by the export."""
-    folder, made = tmp_path_factory.mktemp("trained"), {}
-    for name, model in models.items():
-        for kind, (script, config_class) in KINDS.items():
-            made[name, kind] = folder / f"{name}_{kind}"
-            lora = {"lora_target_modules": TARGETS[name], "merge_into": f"{folder}/{name}_merged"}
-            settings = {"max_train_steps": 3, "learning_rate": 0.01, "mixed_precision": "no", "max_source_length": 250}
-            settings |= lora if kind == "lora" else {}
-            train_in_process(script, config_class, model, data_files, made[name, kind], **settings)
-        made[name, "merged"] = folder / f"{name}_merged"
-    return made
+
+    def fill(folder: Path):
+        for name, model in models.items():
+            for kind, (script, config_class) in KINDS.items():
+                lora = {"lora_target_modules": TARGETS[name], "merge_into": f"{folder}/{name}_merged"}
+                settings = {"max_train_steps": 3, "learning_rate": 0.01, "mixed_precision": "no"}
+                settings |= {"max_source_length": 250} | (lora if kind == "lora" else {})
+                train_in_process(script, config_class, model, data_files, folder / f"{name}_{kind}", **settings)
+
+    folder = make_once("trained", fill)
+    return {(name, kind): folder / f"{name}_{kind}" for name in models for kind in (*KINDS, "merged")}
 
 
 @pytest.mark.slow
@@ -109,12 +113,14 @@ def test_texts_longer_than_the_model_takes(models, data_files, tmp_path):
             settings = {name: value for name, value in settings.items() if name in config_class.__dataclass_fields__}
             train_in_process(script, config_class, models["bart"], data_files, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
-    run = run_script(
-        "evaluate_rouge.py", "--models", f"bart={models['bart']}", "--test_file", data_files["test"],
-        "--output_dir", tmp_path / "report", "--max_source_length", 256, "--max_new_tokens", 257,
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert run.stderr.endswith("error: --max_new_tokens 257: the model takes 256 tokens at most\n")
+    reset_accelerator_state()
+    with pytest.raises(UserError, match="^--max_new_tokens 257: the model takes 256 tokens at most$"):
+        evaluate_rouge.main(
+            EvaluationConfig(
+                models=[f"bart={models['bart']}"], test_file=str(data_files["test"]), max_source_length=256,
+                max_new_tokens=257, output_dir=str(tmp_path / "report"),
+            )
+        )  # fmt: skip
     assert not (tmp_path / "report").exists()
 
 

@@ -119,6 +119,7 @@ def test_preflight_refuses_what_the_run_would(start, flan_t5, tmp_path, capsys, 
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(flan_t5, data_files, tmp_path):
     files = data_files | {"train": tmp_path / "missing.csv"}
     run = run_script(*words("full", flan_t5, files, tmp_path / "out", "--preflight"), num_processes=1)
@@ -194,6 +195,7 @@ def test_an_assumed_memory_is_a_size():
         TrainingConfig(assume_memory="16GB")
 
 
+@pytest.mark.slow
 def test_four_bits_on_an_assumed_gpu(data_files, tmp_path, capsys):
     """Neither a GPU nor bitsandbytes is needed."""
     AcceleratorState._reset_state(True)

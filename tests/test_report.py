@@ -1,5 +1,7 @@
 """report.html in a real browser, with 500 dialogues and text that would like to be markup; the console, report.md."""
 
+import contextlib
+import io
 import json
 import random
 import re
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import DIALOGSUM, make_rows, read_jsonl, run_script, write_rows
+from helpers import start
 
 import evaluate_rouge
 from utils.config import EvaluationConfig, UserError
@@ -54,12 +57,12 @@ def fill_report(folder: Path):
         ]
         write_rows(folder / f"texts{MODELS.index(name)}.jsonl", lines)
     files = [f"{name}={folder / f'texts{index}.jsonl'}" for index, name in enumerate(MODELS)]
-    run = run_script(
-        "evaluate_rouge.py", "--test_file", folder / "test.jsonl", "--output_dir", folder / "out",
-        "--example_index", 9, "--predictions_file", *files,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    (folder / "printed.txt").write_text(run.stdout, encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        start(
+            "evaluate_rouge", "--test_file", folder / "test.jsonl", "--output_dir", folder / "out",
+            "--example_index", 9, "--predictions_file", *files,
+        )  # fmt: skip
+    (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, read_jsonl, run_command, run_script
-from helpers import FULL_FILES, MODEL_FILES, RECORDS, compute_logits
+from conftest import REPOSITORY, read_jsonl, run_command
+from helpers import FULL_FILES, MODEL_FILES, RECORDS, compute_logits, reset_accelerator_state, start
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -80,20 +79,21 @@ def test_help_does_not_wait_for_the_libraries():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, flan_t5, data_files) -> dict[str, Path]:
+def runs(make_once, flan_t5, data_files) -> dict[str, Path]:
     """Where a tiny full run, a tiny LoRA run and an evaluation of both left their files, nested to be made."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = [f"--{split}_file={path}" for split, path in data_files.items()]
-    sizes = ["--total_train_batch_size=16", "--num_train_epochs=2", "--eval_steps=2", "--logging_steps=1"]
-    for name in ("full", "lora"):
-        words = [*data, *sizes, f"--model_name_or_path={os.path.relpath(flan_t5, REPOSITORY)}"]
-        words.append(f"--output_dir={folder / 'made' / name}")
-        process = run_script(f"train_{name}.py", *words, "--learning_rate=0.01")
-        assert process.returncode == 0, process.stderr
-    models = [f"{name}={folder / 'made' / name}" for name in ("full", "lora")]
-    words = [*data, "--max_new_tokens=4", f"--output_dir={folder / 'made' / 'report'}", "--models", *models]
-    process = run_script("evaluate_rouge.py", *words)
-    assert process.returncode == 0, process.stderr
+
+    def fill(folder: Path):
+        data = [f"--{split}_file={path}" for split, path in data_files.items()]
+        sizes = ["--total_train_batch_size=16", "--num_train_epochs=2", "--eval_steps=2", "--logging_steps=1"]
+        for name in ("full", "lora"):
+            words = [*data, *sizes, f"--model_name_or_path={os.path.relpath(flan_t5)}"]
+            words.append(f"--output_dir={folder / 'made' / name}")
+            start(f"train_{name}", *words, "--learning_rate=0.01")
+        models = [f"{name}={folder / 'made' / name}" for name in ("full", "lora")]
+        words = [*data, "--max_new_tokens=4", f"--output_dir={folder / 'made' / 'report'}", "--models", *models]
+        start("evaluate_rouge", *words)
+
+    folder = make_once("runs", fill)
     return {name: folder / "made" / name for name in ("full", "lora", "report")}
 
 
@@ -205,15 +205,9 @@ def test_lora_moves_and_saves_the_adapter_alone(runs, flan_t5):
 
 @pytest.fixture
 def fresh_accelerator_state():
-    """Accelerate allows one precision per process, which is that of a script and not of the tests."""
     reset_accelerator_state()
     yield
     reset_accelerator_state()
-
-
-def reset_accelerator_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def test_lora_trains_nothing_but_the_adapter(fresh_accelerator_state, flan_t5, data_files, tmp_path, monkeypatch):

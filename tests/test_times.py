@@ -1,10 +1,10 @@
-"""A run's times are those of its parts, each second charged to one."""
+"""A run's times are those of its parts, each second charged to one; its memory is its own."""
 
 import re
 import time
 
 import pytest
-from conftest import run_script
+from conftest import read_jsonl, run_script
 
 from utils.launch import times
 
@@ -52,7 +52,9 @@ def test_imports_count_from_the_start_of_the_process(clock, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_last_line_of_a_training(data_files, flan_t5, tmp_path):
+def test_a_training_tells_its_own_time_and_memory(data_files, flan_t5, tmp_path):
+    """In a process of its own. getrusage would count what its parent held when it started it."""
+    held = bytearray(2 * 2**30)
     started = time.time()
     run = run_script(
         "train_lora.py", "--model_name_or_path", flan_t5, "--train_file", data_files["train"], "--validation_file",
@@ -60,6 +62,7 @@ def test_the_last_line_of_a_training(data_files, flan_t5, tmp_path):
         "--merge_into", tmp_path / "merged", cold=True,
     )  # fmt: skip
     elapsed = time.time() - started
+    del held
     assert run.returncode == 0, run.stderr
     total, parts = re.fullmatch(r"took (\d+\.\d) s: (.*)", run.stderr.splitlines()[-1]).groups()
     parts = {part.rpartition(" ")[0]: float(part.rpartition(" ")[2]) for part in parts.split(", ")}
@@ -70,3 +73,6 @@ def test_the_last_line_of_a_training(data_files, flan_t5, tmp_path):
     assert sum(parts.values()) == pytest.approx(float(total), abs=0.05 * (len(parts) + 1))  # rounded to a tenth
     assert float(total) <= elapsed + 0.1
     assert all(parts[name] > 0 for name in ("imports", "the first update", "updates", "export"))
+    lines = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    peaks = [line["peak_memory_mib"] for line in lines if line["split"] == "train"]
+    assert all(100 < peak < 1500 for peak in peaks) and peaks

@@ -16,7 +16,6 @@ from conftest import (
     make_rows,
     read_jsonl,
     relative_difference,
-    run_command,
     run_script,
     write_flan_t5,
     write_rows,
@@ -109,15 +108,6 @@ def test_metrics(flan_t5, data_files, tmp_path):
     assert manifest["num_processes"] == 1 and manifest["settings"]["warmup_ratio"] == 0.4
 
 
-@pytest.mark.slow
-def test_peak_memory_is_this_process_own():
-    """getrusage would count what the parent held when it started the process."""
-    code = "from utils.training.tracking import *; print(measure_peak_memory(Accelerator(cpu=True)))"
-    parent = f"import subprocess, sys; held = bytearray(2 * 2**30); subprocess.run([sys.executable, '-c', '{code}'])"
-    run = run_command(sys.executable, "-c", parent)
-    assert 100 < float(run.stdout.split()[-1]) < 1500, run.stderr
-
-
 def test_tracker_gets_what_metrics_jsonl_says(flan_t5, data_files, tmp_path):
     settings = {"report_to": "tensorboard", "project_name": "mine", "run_name": "first", "max_train_steps": 3}
     settings["metric_for_best_model"] = "rouge1"
@@ -201,15 +191,15 @@ def test_loss_falls_and_checkpointing_changes_nothing(
     losses = {}
     for checkpointing in (False, True):
         metrics = train_in_process(
-            script, config_class, flan_t5, data_files, tmp_path / str(checkpointing), num_train_epochs=8,
+            script, config_class, flan_t5, data_files, tmp_path / str(checkpointing), num_train_epochs=4,
             learning_rate=1e-2, gradient_checkpointing=checkpointing, mixed_precision="no", eval_steps=40,
         )  # fmt: skip
         losses[checkpointing] = [line["loss"] for line in metrics["train"] + metrics["validation"]]
         assert metrics["train"][-1]["loss"] < metrics["train"][0]["loss"] - 0.2
     assert losses[False] == pytest.approx(losses[True], rel=1e-5)
-    # 40 updates of 2 micro-batches through 4 blocks; once more for each where activations are computed twice.
-    assert num_forwards[True, False] == 40 * 2 * 4
-    assert num_forwards[True, True] + num_forwards[False, True] - num_forwards[False, False] == 2 * 40 * 2 * 4
+    # 20 updates of 2 micro-batches through 4 blocks; once more for each where activations are computed twice.
+    assert num_forwards[True, False] == 20 * 2 * 4
+    assert num_forwards[True, True] + num_forwards[False, True] - num_forwards[False, False] == 2 * 20 * 2 * 4
 
 
 class CountWaits(TorchDispatchMode):

@@ -65,6 +65,7 @@ def import_libraries():
     figure = sys.modules["matplotlib.figure"].Figure()
     figure.subplots().set_title("fonts")
     figure.savefig(io.BytesIO())
+    sys.modules["utils.scoring.html_report"].charting_library()  # Deno bundles it, for 2 s
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("t5")
     # torchrun asks eighteen times who has called it, which takes the longer the more modules there are.
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda: "method"
