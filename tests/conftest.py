@@ -98,8 +98,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-    # First, and so all in one of pytest's workers: another would have to wait for its Slurm.
-    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+    # The longest first, lest one begin when all others are done; Slurm's all in one of pytest's workers, as another
+    # would have to wait for its Slurm.
+    first = ("test_slurm.py", "test_demo.py", "test_faults.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 def pytest_collection_finish():

@@ -24,6 +24,7 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import weakref
 
@@ -65,7 +66,10 @@ def import_libraries():
     figure = sys.modules["matplotlib.figure"].Figure()
     figure.subplots().set_title("fonts")
     figure.savefig(io.BytesIO())
-    sys.modules["utils.scoring.html_report"].charting_library()  # Deno bundles it, for 2 s
+    # What bundles a report's charting library, for 2 s, would leave its memory to each fork.
+    code = "import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle().encode())"
+    bundle = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout.decode()
+    sys.modules["vl_convert"].javascript_bundle = lambda: bundle
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("t5")
     # torchrun asks eighteen times who has called it, which takes the longer the more modules there are.
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda: "method"
