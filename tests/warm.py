@@ -24,7 +24,6 @@ import runpy
 import select
 import signal
 import socket
-import subprocess
 import sys
 import weakref
 
@@ -67,6 +66,8 @@ def import_libraries():
     figure.subplots().set_title("fonts")
     figure.savefig(io.BytesIO())
     # What bundles a report's charting library, for 2 s, would leave its memory to each fork.
+    import subprocess  # not above: each caller would import it
+
     code = "import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle().encode())"
     bundle = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout.decode()
     sys.modules["vl_convert"].javascript_bundle = lambda: bundle
