@@ -104,9 +104,10 @@ def test_a_step_on_fake_tensors_is_one_on_real_ones(flan_t5, precision):
     before, config = copy.deepcopy(real.state_dict()), TrainingConfig()
     cases = [(micro_batch, keep) for micro_batch in MICRO_BATCHES for keep in (True, False, None)]
     expected = [measure_micro_batch(accelerator, real, config, *case) for case in cases]
-    for _ in range(2):
+    for num_cases in (len(cases), 1):  # and the first once more
         with fake_model(shapes, accelerator.device, precision) as fake:
-            assert [measure_micro_batch(accelerator, fake, config, *case) for case in cases] == expected
+            found = [measure_micro_batch(accelerator, fake, config, *case) for case in cases[:num_cases]]
+            assert found == expected[:num_cases]
     assert all(peak > 0 for peak, _ in expected)
     gradients = [
         measure_micro_batch(accelerator, real, config, MicroBatch(1, 2, 2, 2, 2), keep)[0] for keep in (True, False)

@@ -250,9 +250,8 @@ def test_bart(start, tmp_path, capsys):
         ("full", "no", "one process", 4),
         ("full", "no", "ddp", 4),
         ("full", "no", "deepspeed_zero3", 4),
-        # Where the activations are most of it (the first two), and where what comes after the training is.
+        # Where the activations are most of it (the first), and where what comes after the training is.
         ("lora", "no", "one process", 16),
-        ("lora", "bf16", "one process", 4),
         ("merge", "bf16", "one process", 1),
         ("lora", "bf16", "fsdp2", 1),
     ],
