@@ -48,6 +48,7 @@ def run(order: dict) -> int:
 
 if __name__ == "__main__":
     import_libraries()
+    gc.freeze()  # or each fork would go through all of that at its end
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
