@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("gcc"), reas
 
 def test_faults_at_some_operations(tmp_path):
     """The cache of tokens, a checkpoint, the export; with a merge its own, too."""
-    faults = {"kill": (40, 190), "EIO": (61, 170), "ENOSPC": (50, 180)}
+    faults = {"kill": (40, 140), "EIO": (61, 120), "ENOSPC": (50, 130)}
     table, harms = inject_faults(tmp_path, faults, list(make_commands(tmp_path)))
     assert harms == []
     for fault in faults:
