@@ -103,9 +103,8 @@ def start(script: str, *words: str | Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(
-            utils.launch.script, "leave_process_group", lambda: None
-        )  # this process keeps running, and obeys signals
+        # This process keeps running, and obeys signals.
+        patch.setattr(utils.launch.script, "leave_process_group", lambda: None)
         reset_accelerator_state()
         try:
             run_script(*SCRIPTS[script], f"{script}.yaml")
