@@ -1,8 +1,9 @@
 """Summarise a file's rows in one way and print time, shares and texts: a process of compare_generation.py.
 
-    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS
+    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [DTYPE TOKENS]
 
-ROWS is all, distinct, or N for every Nth row.
+ROWS is all, distinct, or N for every Nth row. DTYPE is ours, fp32 by default; TOKENS the length of every text, by
+default at most 128.
 Timed from rows to texts, after one row to warm up; neither loading nor, for the Trainer, tokenising is
 counted; the Trainer gets no labels, with which it would compute a loss as well.
 """
@@ -28,8 +29,6 @@ from utils.launch.script import start_logging
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.training.tracking import measure_peak_memory
 
-MAX_NEW_TOKENS = 128
-
 
 class Counter:
     """What the model computes: padded source tokens and rows x steps of the decoder."""
@@ -48,9 +47,9 @@ class Counter:
         self.decoder_tokens += inputs["input_ids"].numel()
 
 
-def prepare_ours(path, model, tokenizer, dialogues, num_beams):
+def prepare_ours(model, tokenizer, dialogues, num_beams, dtype, max_new_tokens):
     config = EvaluationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, dtype="fp32", output_dir=tempfile.mkdtemp()
+        max_new_tokens=max_new_tokens, num_beams=num_beams, dtype=dtype, output_dir=tempfile.mkdtemp()
     )
     accelerator = Accelerator()
 
@@ -61,24 +60,26 @@ def prepare_ours(path, model, tokenizer, dialogues, num_beams):
     return summarize
 
 
-def prepare_notebook(path, model, tokenizer, dialogues, num_beams):
+def prepare_notebook(model, tokenizer, dialogues, num_beams, dtype, max_new_tokens):
+    model.to(Accelerator().device)
+
     def summarize():
         texts = []
         for dialogue in dialogues:
-            inputs = torch.tensor(tokenize_prompts([dialogue], tokenizer, 1024)[0])
-            ids = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, num_beams=num_beams, do_sample=False)
+            inputs = torch.tensor(tokenize_prompts([dialogue], tokenizer, 1024)[0], device=model.device)
+            ids = model.generate(inputs, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
             texts.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
         return texts
 
     return summarize
 
 
-def prepare_trainer(path, model, tokenizer, dialogues, num_beams):
+def prepare_trainer(model, tokenizer, dialogues, num_beams, dtype, max_new_tokens):
     prompt_ids, _ = tokenize_prompts(dialogues, tokenizer, 1024)
     data = datasets.Dataset.from_list([{"input_ids": ids} for ids in prompt_ids])
     arguments = Seq2SeqTrainingArguments(
         tempfile.mkdtemp(), per_device_eval_batch_size=16, predict_with_generate=True, report_to="none",
-        generation_max_length=MAX_NEW_TOKENS + 1, generation_num_beams=num_beams, disable_tqdm=True,
+        generation_max_length=max_new_tokens + 1, generation_num_beams=num_beams, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Seq2SeqTrainer(model, arguments, DataCollatorWithPadding(tokenizer))
@@ -90,7 +91,7 @@ def prepare_trainer(path, model, tokenizer, dialogues, num_beams):
     return summarize
 
 
-def main(path: str, test_file: str, way: str, num_beams: str, rows: str):
+def main(path: str, test_file: str, way: str, num_beams: str, rows: str, dtype: str = "fp32", num_tokens: str = ""):
     start_logging()
     with open(test_file, newline="", encoding="utf-8") as file:
         dialogues = [row["dialogue"] for row in csv.DictReader(file)]
@@ -99,9 +100,12 @@ def main(path: str, test_file: str, way: str, num_beams: str, rows: str):
     elif rows != "all":
         dialogues = dialogues[:: int(rows)]
     model, tokenizer = load_model(path, "sdpa", torch.float32).eval(), load_tokenizer(path)
+    if num_tokens:
+        model.generation_config.min_new_tokens = int(num_tokens)
+    settings = (int(num_beams), dtype, int(num_tokens or 128))
     prepare = {"ours": prepare_ours, "trainer": prepare_trainer, "notebook": prepare_notebook}[way]
-    prepare(path, model, tokenizer, dialogues[:1], int(num_beams))()
-    summarize = prepare(path, model, tokenizer, dialogues, int(num_beams))
+    prepare(model, tokenizer, dialogues[:1], *settings)()
+    summarize = prepare(model, tokenizer, dialogues, *settings)
     counter = Counter(model)
     start, cpu_start = time.perf_counter(), time.process_time()
     with torch.no_grad():
