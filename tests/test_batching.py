@@ -1,6 +1,5 @@
 """The plan of a step: the same examples for any number of processes, each once, little padding."""
 
-import contextlib
 import itertools
 import math
 
@@ -11,12 +10,13 @@ import pytest
 from utils.data.batching import collate, num_steps_per_epoch, plan_pass, plan_steps, select_examples
 from utils.data.micro_batches import (
     LAUNCH_COSTS,
-    choose_num_pieces,
-    cut_micro_batches,
+    cut_cheaply,
+    cut_evenly,
+    cut_for_ranks,
     micro_batch_cost,
     pack,
-    plan_group,
     plan_micro_batches,
+    plan_ranks,
 )
 
 # Spread about like DialogSum's: most are short, a few are several times as long.
@@ -48,20 +48,67 @@ def test_as_few_turns_as_the_lengths_allow(lengths, per_device, world, turns):
     assert len(plan_micro_batches(np.arange(len(lengths)), lengths, 0, world, limit, 1e6)) == turns
 
 
+def list_cuts(lengths: np.ndarray, limit: np.ndarray) -> list[np.ndarray]:
+    """The pieces' costs, highest first, of every contiguous cut that keeps to the limit."""
+    found = []
+    for num_ends in range(len(lengths)):
+        for ends in itertools.combinations(range(1, len(lengths)), num_ends):
+            pieces = np.split(lengths, ends)
+            if all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces):
+                found.append(np.sort([cost(piece) for piece in pieces])[::-1])
+    return found
+
+
+def cost(lengths: np.ndarray) -> float:
+    return micro_batch_cost(len(lengths), *lengths.max(axis=0))
+
+
+def draw_sorted(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of 10 examples, longest source first, and a limit of 3 of full length."""
+    lengths = np.random.default_rng(seed).integers(1, (50, 9), size=(10, 2))
+    return lengths[np.argsort(-lengths[:, 0])], 3 * lengths.max(axis=0)
+
+
 @pytest.mark.parametrize("launch_cost", [0, 20, 100, 1e6])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_number_of_pieces_costs_less(seed, launch_cost):
-    lengths = np.random.default_rng(seed).integers(1, (50, 9), size=(10, 2))
-    lengths = lengths[np.argsort(-lengths[:, 0])]
-    limit = 3 * lengths.max(axis=0)
-    costs = {}
-    for number in range(1, 11):
-        with contextlib.suppress(ValueError):  # no cut into so many keeps to the limit
-            costs[number] = cheapest_cut(lengths, number, limit, math.inf) + number * launch_cost
-    number = choose_num_pieces(lengths, limit, launch_cost)
-    assert costs[number] == min(costs.values())
+def test_no_cut_costs_less(seed, launch_cost):
+    lengths, limit = draw_sorted(seed)
+    pieces = np.split(lengths, cut_cheaply(lengths, limit, launch_cost)[:-1])
+    assert all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
+    cuts = list_cuts(lengths, limit)
+    assert sum(map(cost, pieces)) + len(pieces) * launch_cost == min(
+        costs.sum() + len(costs) * launch_cost for costs in cuts
+    )
     if launch_cost == 1e6:
-        assert number == min(costs) == len(pack(lengths, limit))
+        assert len(pieces) == min(map(len, cuts)) == len(pack(lengths, limit))
+
+
+@pytest.mark.parametrize("most_pieces", [4, 5, 8, 12])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_costliest_piece_is_cheaper(seed, most_pieces):
+    """By more than a hundredth."""
+    lengths, limit = draw_sorted(seed)
+    cuts = [costs for costs in list_cuts(lengths, limit) if len(costs) <= most_pieces]
+    assert cuts, "no limit is as tight as that"
+    pieces = np.split(lengths, cut_evenly(lengths, most_pieces, limit)[:-1])
+    assert len(pieces) <= most_pieces
+    assert all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
+    least = min(costs[0] for costs in cuts)
+    assert least <= max(map(cost, pieces)) <= 1.01 * least
+
+
+@pytest.mark.parametrize("launch_cost", [0, 20, 100, 1e6])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_number_of_turns_takes_less_time(seed, launch_cost):
+    lengths, limit = draw_sorted(seed)
+
+    def time(ends: list[int]) -> float:
+        costs = np.sort([cost(piece) for piece in np.split(lengths, ends[:-1])])[::-1]
+        return costs[::2].sum() + math.ceil(len(costs) / 2) * launch_cost
+
+    fewest = math.ceil(len(pack(lengths, limit)) / 2)
+    times = [time(cut_evenly(lengths, 2 * num_turns, limit)) for num_turns in range(fewest, 6)]
+    assert time(cut_for_ranks(lengths, 2, limit, launch_cost)) == min(times)
 
 
 def test_an_epoch_holds_each_example_at_most_once_and_the_next_is_shuffled_anew():
@@ -93,49 +140,28 @@ def plan_step(lengths, total, per_device, seed, rank, world, step, launch_cost=1
     return plan
 
 
-def cost(lengths):
-    return micro_batch_cost(len(lengths), *lengths.max(axis=0))
-
-
-def cheapest_cut(lengths, num_pieces, limit, cost_limit):
-    """The least cost over all ways to cut, by trying every one."""
-    costs = []
-    for ends in itertools.combinations(range(1, len(lengths)), num_pieces - 1):
-        pieces = np.split(lengths, ends)
-        if all((len(piece) * piece.max(axis=0) <= limit).all() and cost(piece) <= cost_limit for piece in pieces):
-            costs.append(sum(map(cost, pieces)))
-    return min(costs)
-
-
-@pytest.mark.parametrize(("num_pieces", "seed"), [(3, 0), (4, 1), (5, 2), (4, 3), (3, 4)])
-@pytest.mark.parametrize("even", [False, True])
-def test_no_cut_costs_less(num_pieces, seed, even):
-    lengths = np.random.default_rng(seed).integers(1, (50, 9), size=(12, 2))
-    lengths = lengths[np.argsort(-lengths[:, 0])]
-    limit = math.ceil(12 / num_pieces) * lengths.max(axis=0)
-    cost_limit = max(1.5 * cost(lengths) / num_pieces, cost(lengths[:1])) if even else math.inf
-    pieces = np.split(lengths, cut_micro_batches(lengths, num_pieces, limit, cost_limit)[:-1])
-    assert len(pieces) == num_pieces and all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
-    assert all(cost(piece) <= cost_limit for piece in pieces)
-    assert sum(map(cost, pieces)) == pytest.approx(cheapest_cut(lengths, num_pieces, limit, cost_limit), rel=1e-12)
-
-
-def test_a_cut_that_cannot_keep_to_the_limits():
-    assert cut_micro_batches(LENGTHS[:8], 2, LENGTHS.max(axis=0)) is None
-    assert cut_micro_batches(LENGTHS[:8], 2, 8 * LENGTHS.max(axis=0), cost_limit=1) is None
-
-
-@pytest.mark.parametrize(("total", "world"), [(256, 2), (256, 4), (256, 8), (256, 16), (2500, 80)])
-def test_ranks_share_each_turn_fairly(total, world):
+@pytest.mark.parametrize(
+    ("total", "world", "share"), [(256, 2, 0.85), (256, 4, 0.85), (256, 8, 0.9), (256, 16, 0.9), (2048, 64, 0.9)]
+)
+def test_ranks_share_each_turn_fairly(total, world, share):
+    """With few turns the last micro-batch, of what is left over, weighs more."""
     examples = select_examples(12460, total, 42, 0)
-    limit = 16 * LENGTHS.max(axis=0)
-    plan = []
-    while len(plan) < world:
-        plan += plan_group(examples, LENGTHS, len(plan), world, limit, LAUNCH_COSTS["cuda"])[0]
-    assert sorted(np.concatenate([batch for rank in plan for batch in rank])) == sorted(examples)
+    plan = plan_ranks(examples, LENGTHS, world, 16 * LENGTHS.max(axis=0), LAUNCH_COSTS["cuda"])
     costs = np.array([[cost(LENGTHS[batch]) for batch in rank] for rank in plan])
-    assert costs.mean(axis=0).sum() > 0.85 * costs.max(axis=0).sum()
-    assert costs.sum(axis=1).mean() > 0.88 * costs.sum(axis=1).max()
+    assert costs.mean(axis=0).sum() > share * costs.max(axis=0).sum()
+    assert costs.sum(axis=1).mean() > share * costs.sum(axis=1).max()
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_the_costliest_come_first_and_go_to_who_had_least(world):
+    examples = select_examples(12460, 256, 42, 0)
+    plan = plan_ranks(examples, LENGTHS, world, 16 * LENGTHS.max(axis=0), LAUNCH_COSTS["cpu"])
+    costs = np.array([[cost(LENGTHS[batch]) for batch in rank] for rank in plan])
+    assert costs.shape[1] > 3
+    assert (costs[:, :-1].min(axis=0) >= costs[:, 1:].max(axis=0)).all()
+    for turn in range(1, costs.shape[1]):
+        least_first = np.argsort(costs[:, :turn].sum(axis=1))
+        assert (np.diff(costs[least_first, turn]) <= 0).all()
 
 
 def test_fewer_examples_than_processes_leave_some_an_empty_turn():

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.data.micro_batches import LAUNCH_COSTS, micro_batch_cost, plan_group
+from utils.data.micro_batches import LAUNCH_COSTS, micro_batch_cost, plan_ranks
 from utils.prompting import build_prompt
 
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -46,12 +46,9 @@ def simulate(lengths: np.ndarray, total: int, num_ranks: int) -> dict[str, float
     real = computed = busy = slowest = seconds = num_turns = 0
     for _ in range(NUM_STEPS):
         examples = rng.choice(len(lengths), size=total, replace=False)
-        plan = []
-        while len(plan) < num_ranks:
-            started = time.perf_counter()
-            plans, _ = plan_group(examples, lengths, len(plan), num_ranks, limit, LAUNCH_COSTS["cuda"])
-            seconds += (time.perf_counter() - started) / num_ranks * len(plans)
-            plan += plans
+        started = time.perf_counter()
+        plan = plan_ranks(examples, lengths, num_ranks, limit, LAUNCH_COSTS["cuda"])
+        seconds += time.perf_counter() - started
         num_turns += len(plan[0])
         sizes = np.array([[(len(batch), *lengths[batch].max(axis=0, initial=0)) for batch in rank] for rank in plan])
         num_examples, longest_source, longest_target = np.moveaxis(sizes, 2, 0)
