@@ -5,6 +5,7 @@ import math
 
 import hypothesis
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from utils.data.batching import collate, num_steps_per_epoch, plan_pass, plan_steps, select_examples
@@ -182,7 +183,7 @@ def test_a_pass_takes_no_more_turns_than_it_needs():
 
 
 def test_collate():
-    batch = collate({"input_ids": [[5, 6, 1], [7, 1]], "labels": [[8, 1], [9, 4, 1]]}, 0)
+    batch = collate(pa.table({"input_ids": [[5, 6, 1], [7, 1]], "labels": [[8, 1], [9, 4, 1]]}), 0)
     assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["target_positions"].tolist() == [0, 1, 3, 4, 5]
@@ -191,7 +192,7 @@ def test_collate():
 
 
 def test_collate_of_nothing_is_a_row_without_a_target():
-    batch = collate({"input_ids": [], "labels": []}, 0)
+    batch = collate(pa.table({"input_ids": [], "labels": []}), 0)
     assert (
         batch["input_ids"].tolist() == [[0]] and batch["targets"].tolist() == batch["target_positions"].tolist() == []
     )

@@ -4,6 +4,7 @@ takes a CPU minutes: tests/real_sizes.py does that."""
 import copy
 import functools
 
+import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
@@ -57,7 +58,7 @@ def test_gradients_of_any_batch_by_few_graphs(without_kernels, tmp_path, kind, n
     generator, num_so_far = torch.Generator().manual_seed(0), []
 
     def compute(candidate: torch.nn.Module, examples: dict, multiple: int) -> dict[str, torch.Tensor]:
-        batch = collate(examples, model.config.pad_token_id, multiple)
+        batch = collate(pa.table(examples), model.config.pad_token_id, multiple)
         batch = move_batch(batch, candidate, accelerator.device)
         assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "attention_mask"))
         candidate.zero_grad()

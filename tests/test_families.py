@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
@@ -144,7 +145,7 @@ def test_an_empty_micro_batch(tmp_path):
     """What a process gets that has no example in a turn. mBART turns each target by its end, and there is none."""
     for family in ("mbart", "t5"):
         model = load_model(str(write_family(tmp_path / family, family)), "sdpa", torch.float32)
-        batch = move_batch(collate({"input_ids": [], "labels": []}, 0), model, torch.device("cpu"))
+        batch = move_batch(collate(pa.table({"input_ids": [], "labels": []}), 0), model, torch.device("cpu"))
         logits = compute_target_logits(Accelerator(cpu=True), model, batch)
         assert logits.shape == (0, NUM_TOKENS)
         logits.sum().backward()

@@ -3,6 +3,7 @@ no further from fp32 than stock is in bf16."""
 
 import copy
 
+import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
@@ -126,7 +127,8 @@ def test_weights_are_cast_once_an_update():
     model, config, batches = accelerator.prepare(model), TrainingConfig(), []
     for _ in range(3):
         ids, labels = (torch.randint(3, 100, (2, size), generator=generator).tolist() for size in (9, 5))
-        batches.append(move_batch(collate({"input_ids": ids, "labels": labels}, 0), model, accelerator.device))
+        batch = collate(pa.table({"input_ids": ids, "labels": labels}), 0)
+        batches.append(move_batch(batch, model, accelerator.device))
 
     class CountCasts(TorchDispatchMode):
         num_casts = 0

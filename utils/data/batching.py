@@ -8,16 +8,18 @@ from collections.abc import Iterable, Iterator
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from utils.data.micro_batches import plan_micro_batches
 
 
 def measure_lengths(data: datasets.Dataset) -> np.ndarray:
     """(num_examples, 2): source and target tokens of each example."""
-    return np.array([[len(ids) for ids in data[name]] for name in ("input_ids", "labels")]).T
+    tokens = data.with_format("arrow")[:]
+    lengths = [pc.list_value_length(tokens[name]).to_numpy() for name in ("input_ids", "labels")]
+    return np.stack(lengths, axis=1).astype(int)
 
 
 def num_steps_per_epoch(num_examples: int, total_train_batch_size: int) -> int:
@@ -66,25 +68,30 @@ def round_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
     return -(-lengths // multiple) * multiple
 
 
-def collate(examples: dict[str, list], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
+def collate(examples: pa.Table, pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Tensors of shape (examples, longest source) and (examples, longest target), padded on the right to a multiple;
     `targets` are the real target tokens alone, and `target_positions` where they stand among the flattened labels.
 
     No examples give one row of nothing but padding: an empty micro-batch runs through the model with a loss of 0.
     """
-
-    def join(sequences: list[torch.Tensor], padding: int) -> torch.Tensor:
-        joined = pad_sequence(sequences, batch_first=True, padding_value=padding)
-        return pad(joined, (0, -joined.shape[1] % multiple), value=padding)
-
-    input_ids = [torch.tensor(ids) for ids in examples["input_ids"]] or [torch.tensor([pad_token_id])]
-    labels = [torch.tensor(ids) for ids in examples["labels"]] or [torch.tensor([-100])]
-    attention_mask = [torch.ones_like(ids) for ids in input_ids]
-    padded_labels = join(labels, -100)
+    if not len(examples):
+        examples = pa.table({"input_ids": [[pad_token_id]], "labels": [[-100]]})
+    input_ids, attention_mask = pad_lists(examples["input_ids"], pad_token_id, multiple)
+    labels, _ = pad_lists(examples["labels"], -100, multiple)
     # Worked out here and not on the device, which would have to be waited for to know how many there are.
-    target_positions = padded_labels.flatten().ne(-100).nonzero().squeeze(1)
+    target_positions = labels.flatten().ne(-100).nonzero().squeeze(1)
     return {
-        "input_ids": join(input_ids, pad_token_id), "attention_mask": join(attention_mask, 0),
-        "labels": padded_labels, "target_positions": target_positions,
-        "targets": padded_labels.flatten()[target_positions],
+        "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels,
+        "target_positions": target_positions, "targets": labels.flatten()[target_positions],
     }  # fmt: skip
+
+
+def pad_lists(column: pa.ChunkedArray, padding: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, longest), a column of lists, padded; and 1 where a token is real, 0 where it is padding. No Python object
+    is made of each token: that would take the GIL from the thread that trains."""
+    lists = column.combine_chunks()
+    lengths = np.diff(lists.offsets)
+    is_real = np.arange(round_up(lengths.max(), multiple)) < lengths[:, None]
+    padded = np.full(is_real.shape, padding)
+    padded[is_real] = lists.flatten()
+    return torch.from_numpy(padded), torch.from_numpy(is_real.astype(int))

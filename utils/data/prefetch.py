@@ -77,7 +77,7 @@ def load_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The plan's micro-batches on the device, their lengths padded to a multiple. A thread plans and collates some
     ahead, so that the device need not wait for them."""
-    model = unwrap(model)
+    model, data = unwrap(model), data.with_format("arrow")
 
     def make_batch() -> tuple[np.ndarray, dict[str, torch.Tensor]] | None:
         indices = next(plan, None)

@@ -6,6 +6,7 @@ import math
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -138,7 +139,7 @@ def measure_peak(
 ) -> int:
     """Peak bytes of GPU memory while the gradient of 0 times the loss is accumulated: DeepSpeed cannot discard one."""
     unwrapped = unwrap(model)
-    batch = collate(examples, unwrapped.config.pad_token_id, config.length_multiple)
+    batch = collate(pa.table(examples), unwrapped.config.pad_token_id, config.length_multiple)
     batch = move_batch(batch, unwrapped, accelerator.device)
     torch.cuda.reset_peak_memory_stats(accelerator.device)
     model.train()
