@@ -3,12 +3,13 @@
 import itertools
 import math
 
+import datasets
 import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from utils.data.batching import collate, num_steps_per_epoch, plan_pass, plan_steps, select_examples
+from utils.data.batching import collate, measure_lengths, num_steps_per_epoch, plan_pass, plan_steps, select_examples
 from utils.data.micro_batches import (
     LAUNCH_COSTS,
     cut_cheaply,
@@ -84,15 +85,15 @@ def test_no_cut_costs_less(seed, launch_cost):
         assert len(pieces) == min(map(len, cuts)) == len(pack(lengths, limit))
 
 
-@pytest.mark.parametrize("most_pieces", [4, 5, 8, 12])
+@pytest.mark.parametrize("max_pieces", [4, 5, 8, 12])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_costliest_piece_is_cheaper(seed, most_pieces):
+def test_no_costliest_piece_is_cheaper(seed, max_pieces):
     """By more than a hundredth."""
     lengths, limit = draw_sorted(seed)
-    cuts = [costs for costs in list_cuts(lengths, limit) if len(costs) <= most_pieces]
-    assert cuts, "no limit is as tight as that"
-    pieces = np.split(lengths, cut_evenly(lengths, most_pieces, limit)[:-1])
-    assert len(pieces) <= most_pieces
+    cuts = [costs for costs in list_cuts(lengths, limit) if len(costs) <= max_pieces]
+    assert cuts, "no cut keeps to the limit"
+    pieces = np.split(lengths, cut_evenly(lengths, max_pieces, limit, pack(lengths, limit))[:-1])
+    assert len(pieces) <= max_pieces
     assert all((len(piece) * piece.max(axis=0) <= limit).all() for piece in pieces)
     least = min(costs[0] for costs in cuts)
     assert least <= max(map(cost, pieces)) <= 1.01 * least
@@ -107,8 +108,9 @@ def test_no_number_of_turns_takes_less_time(seed, launch_cost):
         costs = np.sort([cost(piece) for piece in np.split(lengths, ends[:-1])])[::-1]
         return costs[::2].sum() + math.ceil(len(costs) / 2) * launch_cost
 
-    fewest = math.ceil(len(pack(lengths, limit)) / 2)
-    times = [time(cut_evenly(lengths, 2 * num_turns, limit)) for num_turns in range(fewest, 6)]
+    packed = pack(lengths, limit)
+    numbers = range(math.ceil(len(packed) / 2), 6)
+    times = [time(cut_evenly(lengths, 2 * num_turns, limit, packed)) for num_turns in numbers]
     assert time(cut_for_ranks(lengths, 2, limit, launch_cost)) == min(times)
 
 
@@ -189,6 +191,13 @@ def test_collate():
     assert batch["target_positions"].tolist() == [0, 1, 3, 4, 5]
     assert batch["targets"].tolist() == [8, 1, 9, 4, 1]
     assert batch["labels"].tolist() == [[8, 1, -100], [9, 4, 1]]
+
+
+def test_collate_rows_from_anywhere_in_a_data_set():
+    data = datasets.Dataset.from_dict({"input_ids": [[1], [2, 3], [4]], "labels": [[5], [6], [7, 8]]})
+    batch = collate(data.with_format("arrow")[[2, 1]], 0)
+    assert batch["input_ids"].tolist() == [[4, 0], [2, 3]] and batch["labels"].tolist() == [[7, 8], [6, -100]]
+    assert measure_lengths(data.select([1, 0])).tolist() == [[2, 1], [1, 1]]
 
 
 def test_collate_of_nothing_is_a_row_without_a_target():

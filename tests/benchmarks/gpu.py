@@ -1,17 +1,19 @@
-"""Measure on a GPU, without a network, what the READMEs claim of one: training and generation beside Seq2SeqTrainer's,
-memory and its estimate, launches, attention's kernels, compiling, the same bits. Not yet run on a GPU.
+"""Benchmark training and generation on a GPU, without a network: speed against Seq2SeqTrainer, peak memory against its
+estimate, kernel counts, attention kernels, torch.compile, ZeRO, and whether runs repeat bit for bit. So far run on a
+CPU only.
 
     python tests/benchmarks/gpu.py OUTPUT_DIR                                   # flan-t5-base's shape, random weights
     python tests/benchmarks/gpu.py OUTPUT_DIR --shape tiny --updates 2          # whether it runs, on a CPU
     python tests/benchmarks/gpu.py OUTPUT_DIR --parts full_64 generate_bf16     # some parts alone, again
 
-Each part is a process of its own, may take 90 s, or 240 if it compiles, and adds a line to OUTPUT_DIR/gpu.jsonl as it
-ends. A part whose package is not installed, or that fails, says so in its line. After --minutes no part is begun; the
-same command then goes on with the parts that have no line yet. At the end all lines are in gpu.md and gpu.png. Rows
-have DialogSum's lengths and random words; random weights end no text before its last token.
+Each part runs in its own process, for at most 90 s (240 s if it compiles), and appends a line to OUTPUT_DIR/gpu.jsonl.
+A part that fails or is left out records why; what it wrote to stderr is in OUTPUT_DIR. No part starts that might end
+after --minutes: repeat the command to run the remaining parts. gpu.md and gpu.png then summarise all lines. The rows
+have random words and DialogSum's lengths; generation is forced to 40 tokens.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import json
@@ -25,6 +27,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -77,12 +80,13 @@ def write_rows(path: Path, num_dialogues: int, num_references: int, scale: float
 
 
 def build_parts(folder: Path, total: int, num_updates: int) -> dict[str, list[str]]:
-    """The command of each part, what matters most first."""
+    """The command of each part, most important first."""
     import torch
 
     model, rows, test_rows = folder / "model", folder / "rows.csv", folder / "test_rows.csv"
     precision = "bf16" if torch.cuda.is_available() else "no"
-    parts = {"machine": ["tests/benchmarks/gpu.py", folder, "--part", "machine"]}
+    profile = "tests/benchmarks/profile_gpu.py"
+    parts = {"machine": [profile, "machine"]}
 
     def train(name: str, kind: str, size: int | str, *more: object, launcher: tuple[object, ...] = ()):
         parts[name] = [
@@ -96,8 +100,8 @@ def build_parts(folder: Path, total: int, num_updates: int) -> dict[str, list[st
         words = ["tests/benchmarks/run_trainer.py", model, rows, kind, sampling, num_updates, precision, size, total]
         parts[name] = [*words, *compiled]
 
-    def generate(name: str, way: str, num_beams: int, rows: str | int, dtype: str):
-        words = ["tests/benchmarks/run_generation.py", model, test_rows, way, num_beams, rows, dtype, 40]
+    def generate(name: str, way: str, num_beams: int, chosen: str | int, dtype: str):
+        words = ["tests/benchmarks/run_generation.py", model, test_rows, way, num_beams, chosen, dtype, 40]
         parts[f"generate_{name}"] = words
 
     for kind in ("full", "lora"):
@@ -105,8 +109,8 @@ def build_parts(folder: Path, total: int, num_updates: int) -> dict[str, list[st
         train(f"{kind}_64", kind, 64)
     train_with_trainer("full", "batch_rebalance", 64)
     generate("bf16", "ours", 1, "distinct", "bf16")
-    parts["profile"] = ["tests/benchmarks/gpu.py", folder, "--part", "profile"]
-    parts["attention"] = ["tests/benchmarks/gpu.py", folder, "--part", "attention"]
+    parts["profile"] = [profile, "update", model, rows, folder / "profile"]
+    parts["attention"] = [profile, "attention"]
     train("full_64_compiled", "full", 64, "--compile", "true")
     train("preflight_64", "full", 64, "--preflight")
     train(
@@ -145,40 +149,56 @@ def build_parts(folder: Path, total: int, num_updates: int) -> dict[str, list[st
     return {name: [str(word) for word in words] for name, words in parts.items()}
 
 
+def choose_limit(name: str) -> int:
+    return SECONDS_TO_COMPILE if "compile" in name else SECONDS
+
+
 def run_part(name: str, words: list[str], folder: Path) -> dict:
     """Its figures, or why there are none."""
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         return {"left_out": "deepspeed is not installed"}
     shutil.rmtree(folder / name, ignore_errors=True)
     if name == "deterministic_resumed":
-        (folder / name).mkdir()
-        for checkpoint in sorted((folder / "deterministic_1" / "checkpoints").glob("step_*"))[:1]:
-            shutil.copytree(checkpoint, folder / name / "checkpoints" / checkpoint.name)
-    started, limit = time.perf_counter(), SECONDS_TO_COMPILE if "compile" in name else SECONDS
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+        checkpoints = sorted((folder / "deterministic_1" / "checkpoints").glob("step_*"))
+        if len(checkpoints) < 2:
+            return {"left_out": "deterministic_1 left no checkpoint before its last"}
+        shutil.copytree(checkpoints[0], folder / name / "checkpoints" / checkpoints[0].name)
+    started = time.perf_counter()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, **pipes)
     try:
-        output, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # and what it has started, which would keep the GPU
+        output, errors = process.communicate(timeout=choose_limit(name))
+    except BaseException as error:
+        # And what it has started, which would keep the GPU.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.communicate()
-        return {"left_out": f"not done within {limit} s"}
+        if isinstance(error, subprocess.TimeoutExpired):
+            return {"left_out": f"not done within {choose_limit(name)} s"}
+        raise
     result = {"seconds": time.perf_counter() - started}
+    (folder / f"{name}.stderr").write_text(errors, encoding="utf-8")
     if process.returncode:
         return result | {"left_out": (errors.strip().splitlines() or ["no output"])[-1][-300:]}
+    try:
+        return read_figures(name, words, folder, output, errors) | result
+    except Exception as error:  # what one part prints must not end the others
+        return result | {"left_out": f"{type(error).__name__}: {error}"}
+
+
+def read_figures(name: str, words: list[str], folder: Path, output: str, errors: str) -> dict:
     if name == "evaluate":
-        return result
+        return {}
     if name.startswith("preflight"):
         number, unit = re.search(r"gradient being computed, the sum +([\d.,]+) (GB|MB)", output).groups()
-        return result | {"estimated_bytes": float(number.replace(",", "")) * {"GB": 1e9, "MB": 1e6}[unit]}
+        return {"estimated_bytes": float(number.replace(",", "")) * {"GB": 1e9, "MB": 1e6}[unit]}
     if "--logging_steps" in words:
-        return result | read_training(folder / name) | {"times": errors.splitlines()[-1]}
+        return read_training(folder / name) | {"times": errors.splitlines()[-1]}
     figures = json.loads(output.splitlines()[-1])
     if name.startswith("generate"):  # the others are of texts that end by themselves
-        figures = {key: figures["figures"][key] for key in ("rows_per_second", "peak_memory_mib")}
-    return figures | result
+        return {key: figures["figures"][key] for key in ("rows_per_second", "peak_memory_mib")}
+    return figures
 
 
 def read_training(folder: Path) -> dict:
@@ -197,91 +217,6 @@ def read_training(folder: Path) -> dict:
         "per_device_train_batch_size": manifest["settings"]["per_device_train_batch_size"],
         "weights": {path.name: describe_file(path)["sha256"] for path in sorted(folder.glob("*.safetensors"))},
     }
-
-
-def describe_machine(folder: Path) -> dict:
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def profile(folder: Path) -> dict:
-    """Kernels of an update in micro-batches of 64, and the share of its time in which the GPU computes."""
-    import torch
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    import utils.training.loop
-
-    train_step, calls, figures = utils.training.loop.train_step, [], {}
-
-    def watch(*arguments):
-        calls.append(1)
-        if len(calls) < 3 or not torch.cuda.is_available():
-            return train_step(*arguments)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with record(activities=[ProfilerActivity.CUDA]) as recorded:
-            result = train_step(*arguments)
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        kernels = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-        figures.update(num_kernels=len(kernels), update_seconds=seconds, gpu_busy_seconds=busy)
-        return result
-
-    utils.training.loop.train_step = watch
-    import train_full
-    from utils.config import TrainingConfig
-
-    train_full.main(TrainingConfig(
-        model_name_or_path=str(folder / "model"), train_file=str(folder / "rows.csv"), max_train_steps=3,
-        output_dir=str(folder / "profile"), per_device_train_batch_size=64, overwrite_output_dir=True,
-    ))  # fmt: skip
-    return figures or {"left_out": "no GPU"}
-
-
-def time_attention(query, key, value, bias, kernel) -> float:
-    """Milliseconds forward and backward, the mean of 20 times."""
-    import torch
-    from torch.nn.attention import sdpa_kernel
-
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for number in range(23):
-        if number == 3:  # what is planned and allocated has been
-            start.record()
-        with sdpa_kernel(kernel):
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias.expand(len(query), -1, -1, -1), dropout_p=0.1, scale=1.0
-            )
-        attended.sum().backward()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 20
-
-
-def compare_attention(folder: Path) -> dict:
-    """Milliseconds of the encoder's attention forward and backward by PyTorch's kernels: bf16, 64 examples of 256
-    tokens, 12 heads of 64, dropout as in training, a position bias that is trained; one bias for all examples, and one
-    an example as where some are padded. FlashAttention takes no bias, and flex_attention no dropout."""
-    import torch
-    from torch.nn.attention import SDPBackend
-
-    if not torch.cuda.is_available():
-        return {"left_out": "no GPU"}
-    settings = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
-    query, key, value = (torch.randn(64, 12, 256, 64, **settings) for _ in range(3))
-    figures = {}
-    for name, num_biases in (("one bias", 1), ("a bias an example", 64)):
-        bias = torch.randn(num_biases, 12, 256, 256, **settings)
-        for kernel in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
-            try:
-                figures[f"{kernel.name}, {name}"] = time_attention(query, key, value, bias, kernel)
-            except RuntimeError as error:
-                figures[f"{kernel.name}, {name}"] = str(error).splitlines()[0]
-    return figures
 
 
 def format_table(results: dict[str, dict]) -> str:
@@ -318,7 +253,8 @@ def compare(results: dict[str, dict]) -> list[str]:
             said.append(f"{name} ends with {'the same' if same else 'other'} bits as deterministic_1")
     estimated = results.get("preflight_64", {}).get("estimated_bytes")
     peak = results.get("full_64", {}).get("peak_memory_mib")
-    if estimated and peak and results.get("machine", {}).get("device") != "no GPU":  # whose peak is the process's
+    has_gpu = results.get("machine", {}).get("device") != "no GPU"  # without one the peak is the whole process's
+    if has_gpu and estimated and peak:
         said.append(f"preflight estimates {estimated / (peak * 2**20):.2f} of full_64's peak")
     return said
 
@@ -345,15 +281,12 @@ def main():
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="base")
     parser.add_argument("--updates", type=int, default=6)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--parts", nargs="+", help="these alone, also if they have a line already")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder, started = arguments.output_dir.resolve(), time.monotonic()
-    if arguments.part:
-        measure = {"machine": describe_machine, "profile": profile, "attention": compare_attention}[arguments.part]
-        sys.stdout.write("\n" + json.dumps(measure(folder)) + "\n")
-        return
+    if arguments.updates < 2:
+        parser.error("--updates must be at least 2: the first plans and allocates")
     is_trial = arguments.shape == "tiny"
     parts = build_parts(folder, 64 if is_trial else TOTAL, arguments.updates)
     if unknown := set(arguments.parts or ()) - parts.keys():
@@ -367,8 +300,8 @@ def main():
     before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     results = {line.pop("part"): line for line in map(json.loads, before)}
     for name in arguments.parts or [name for name in parts if name not in results]:
-        if time.monotonic() - started > 60 * arguments.minutes:
-            sys.stdout.write(f"{arguments.minutes:g} minutes are over: {name} and what follows has no line yet\n")
+        if time.monotonic() - started + choose_limit(name) > 60 * arguments.minutes:
+            sys.stdout.write(f"{name} might end after --minutes: repeat the command for the rest\n")
             break
         results[name] = run_part(name, parts[name], folder)
         with path.open("a", encoding="utf-8") as file:
@@ -383,4 +316,5 @@ def main():
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part that runs ends, too
     main()

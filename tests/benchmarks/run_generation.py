@@ -1,9 +1,9 @@
 """Summarise a file's rows in one way and print time, shares and texts: a process of compare_generation.py.
 
-    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [DTYPE TOKENS]
+    python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [DTYPE [TOKENS]]
 
-ROWS is all, distinct, or N for every Nth row. DTYPE is ours, fp32 by default; TOKENS the length of every text, by
-default at most 128.
+ROWS is all, distinct, or N for every Nth row. DTYPE is for ours, fp32 by default; every text has TOKENS tokens, or at
+most 128 if none are given.
 Timed from rows to texts, after one row to warm up; neither loading nor, for the Trainer, tokenising is
 counted; the Trainer gets no labels, with which it would compute a loss as well.
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from utils.config import EvaluationConfig
 from utils.data.tokens import tokenize_prompts
 from utils.generation.summaries import generate_summaries
-from utils.launch.script import start_logging
+from utils.launch.script import configure_gpus, start_logging
 from utils.modeling.loading import load_model, load_tokenizer
 from utils.training.tracking import measure_peak_memory
 
@@ -91,7 +91,7 @@ def prepare_trainer(model, tokenizer, dialogues, num_beams, dtype, max_new_token
     return summarize
 
 
-def main(path: str, test_file: str, way: str, num_beams: str, rows: str, dtype: str = "fp32", num_tokens: str = ""):
+def main(path: str, test_file: str, way: str, num_beams: str, rows: str, dtype: str = "fp32", text_length: str = ""):
     start_logging()
     with open(test_file, newline="", encoding="utf-8") as file:
         dialogues = [row["dialogue"] for row in csv.DictReader(file)]
@@ -99,10 +99,12 @@ def main(path: str, test_file: str, way: str, num_beams: str, rows: str, dtype: 
         dialogues = list(dict.fromkeys(dialogues))
     elif rows != "all":
         dialogues = dialogues[:: int(rows)]
+    if way == "ours":
+        configure_gpus(None)
     model, tokenizer = load_model(path, "sdpa", torch.float32).eval(), load_tokenizer(path)
-    if num_tokens:
-        model.generation_config.min_new_tokens = int(num_tokens)
-    settings = (int(num_beams), dtype, int(num_tokens or 128))
+    if text_length:
+        model.generation_config.min_new_tokens = int(text_length)
+    settings = (int(num_beams), dtype, int(text_length or 128))
     prepare = {"ours": prepare_ours, "trainer": prepare_trainer, "notebook": prepare_notebook}[way]
     prepare(model, tokenizer, dialogues[:1], *settings)()
     summarize = prepare(model, tokenizer, dialogues, *settings)

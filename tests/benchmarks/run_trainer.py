@@ -38,7 +38,7 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, *_, **__):
         self.ends.append(time.perf_counter())
 
-    def count(self, model, arguments, inputs):
+    def count(self, inputs):
         for real in (inputs["attention_mask"].bool(), inputs["labels"] != -100):
             self.num_real += int(real.sum())
             self.num_computed += real.numel()
@@ -71,7 +71,6 @@ def main(
     data = datasets.load_dataset(kind, data_files=train_file, split="train")
     data = data.map(tokenize, batched=True, remove_columns=data.column_names)
     stopwatch = Stopwatch()
-    model.register_forward_pre_hook(stopwatch.count, with_kwargs=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = Seq2SeqTrainingArguments(
             folder, per_device_train_batch_size=int(size), gradient_accumulation_steps=int(total) // int(size),
@@ -81,7 +80,13 @@ def main(
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         collator = DataCollatorForSeq2Seq(tokenizer, model=model)
-        trainer = Seq2SeqTrainer(model, arguments, collator, data, callbacks=[stopwatch])
+
+        def collate(rows):
+            inputs = collator(rows)
+            stopwatch.count(inputs)
+            return inputs
+
+        trainer = Seq2SeqTrainer(model, arguments, collate, data, callbacks=[stopwatch])
         trainer.train()
     figures = {
         "samples_per_second": int(total) * (len(stopwatch.ends) - 1) / (stopwatch.ends[-1] - stopwatch.ends[0]),

@@ -87,8 +87,8 @@ def collate(examples: pa.Table, pad_token_id: int, multiple: int = 1) -> dict[st
 
 
 def pad_lists(column: pa.ChunkedArray, padding: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, longest), a column of lists, padded; and 1 where a token is real, 0 where it is padding. No Python object
-    is made of each token: that would take the GIL from the thread that trains."""
+    """(rows, longest): a column of lists, padded, and its mask, 1 for real tokens and 0 for padding. Making a Python
+    object per token would hold the GIL, which the training thread needs."""
     lists = column.combine_chunks()
     lengths = np.diff(lists.offsets)
     is_real = np.arange(round_up(lengths.max(), multiple)) < lengths[:, None]

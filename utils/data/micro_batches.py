@@ -40,8 +40,8 @@ def plan_micro_batches(
 def plan_ranks(
     examples: np.ndarray, lengths: np.ndarray, world: int, token_limit: np.ndarray, launch_cost: float
 ) -> list[list[np.ndarray]]:
-    """plan_micro_batches of every rank. All have their turns at the same time: the costliest micro-batches come first,
-    and the costliest of a turn goes to the rank that had the least so far."""
+    """`plan[rank][turn]`: the micro-batches of every rank. The costliest come first, so that those of a turn cost
+    about the same, and within a turn the costliest goes to the rank with the least work so far."""
     source_lengths, target_lengths = lengths[examples].T
     longest_first = examples[np.lexsort((examples, -target_lengths, -source_lengths))]
     if world == 1:
@@ -60,23 +60,23 @@ def plan_ranks(
 
 
 def cut_cheaply(lengths: np.ndarray, token_limit: np.ndarray, launch_cost: float) -> list[int]:
-    """Ends of the contiguous pieces that cost least in all, a launch for each included. By dynamic programming: the
-    least for the examples before an end is that of a last piece and of what is before it, wherever it starts.
+    """Where to cut into contiguous pieces so that the total cost, a launch for each piece included, is lowest. Dynamic
+    programming over where the last piece ends.
 
     Args:
         lengths: (n, 2), source and target tokens, longest source first; so are those of the functions below.
     """
     source_lengths, target_lengths = lengths.T
-    least, starts = np.zeros(len(lengths) + 1), [0]
-    longest_target = np.zeros(len(lengths), dtype=int)  # of the last piece, by where it starts, as its size
+    lowest, starts = np.zeros(len(lengths) + 1), [0]
+    longest_target = np.zeros(len(lengths), dtype=int)  # of a piece from each start to the current end
     for end in range(1, len(lengths) + 1):
         sizes, longest_source = np.arange(end, 0, -1), source_lengths[:end]
-        longest_target[:end] = longest_target[:end].clip(target_lengths[end - 1])
+        np.maximum(longest_target[:end], target_lengths[end - 1], out=longest_target[:end])
         fits = (sizes * longest_source <= token_limit[0]) & (sizes * longest_target[:end] <= token_limit[1])
         costs = micro_batch_cost(sizes, longest_source, longest_target[:end]) + launch_cost
-        totals = np.where(fits, least[:end] + costs, np.inf)
+        totals = np.where(fits, lowest[:end] + costs, np.inf)
         starts.append(int(totals.argmin()))
-        least[end] = totals[starts[end]]
+        lowest[end] = totals[starts[end]]
     ends = [len(lengths)]
     while start := starts[ends[-1]]:
         ends.append(start)
@@ -84,58 +84,61 @@ def cut_cheaply(lengths: np.ndarray, token_limit: np.ndarray, launch_cost: float
 
 
 def cut_for_ranks(lengths: np.ndarray, world: int, token_limit: np.ndarray, launch_cost: float) -> list[int]:
-    """Ends of contiguous pieces of nearly equal cost, as many as turns of all ranks take the least time. A turn takes
-    as long as its costliest piece, and a launch."""
-    fewest_turns = math.ceil(len(pack(lengths, token_limit)) / world)
+    """Where to cut into pieces of nearly equal cost, as many as give the turns that take the least time. A turn takes
+    as long as its costliest piece plus a launch."""
+    ends = pack(lengths, token_limit)
+    num_turns, most_turns = math.ceil(len(ends) / world), math.ceil(len(lengths) / world)
     without_padding = micro_batch_cost(1, *lengths.T).sum() / world
-    least = math.inf
-    for num_turns in range(fewest_turns, max(fewest_turns, math.ceil(len(lengths) / world)) + 1):
-        if without_padding + num_turns * launch_cost >= least:
-            break
-        ends = cut_evenly(lengths, num_turns * world, token_limit)
+    shortest = math.inf
+    while num_turns <= most_turns and without_padding + num_turns * launch_cost < shortest:
+        ends = cut_evenly(lengths, num_turns * world, token_limit, ends)
         costliest_first = np.sort(piece_costs(lengths, ends))[::-1]
-        time = costliest_first[::world].sum() + num_turns * launch_cost
-        if time < least:
-            least, best = time, ends
+        time = costliest_first[::world].sum() + math.ceil(len(ends) / world) * launch_cost
+        if time < shortest:
+            shortest, best = time, ends
+        num_turns += max(1, num_turns // 16)  # near the best number one more or less makes no difference
     return best
 
 
-def cut_evenly(lengths: np.ndarray, most_pieces: int, token_limit: np.ndarray) -> list[int]:
-    """Ends of at most so many contiguous pieces, the costliest of which costs at most a hundredth more than it must:
-    by bisection of the cost that pack keeps to."""
+def cut_evenly(lengths: np.ndarray, max_pieces: int, token_limit: np.ndarray, ends: list[int]) -> list[int]:
+    """Where to cut into at most max_pieces contiguous pieces so that the costliest is within 1 % of the optimum, found
+    by bisecting the cost limit.
+
+    Args:
+        ends: such a cut, to begin with.
+    """
     costs = micro_batch_cost(1, *lengths.T)
-    low = max(costs.max(), costs.sum() / most_pieces)
-    ends = pack(lengths, token_limit)
+    low = max(costs.max(), costs.sum() / max_pieces)
     high = piece_costs(lengths, ends).max()
     while high > 1.01 * low:
         middle = (low + high) / 2
         tried = pack(lengths, token_limit, middle)
-        if len(tried) <= most_pieces:
-            ends, high = tried, middle
+        if len(tried) <= max_pieces:
+            ends, high = tried, piece_costs(lengths, tried).max()
         else:
             low = middle
     return ends
 
 
 def pack(lengths: np.ndarray, token_limit: np.ndarray, cost_limit: float = math.inf) -> list[int]:
-    """Ends of the fewest contiguous pieces that keep to the limits: each takes as many examples as it can, which is
-    the best, since any part of a piece that fits does too. Each example must fit by itself."""
+    """Where to cut into the fewest contiguous pieces within the limits. Greedy is optimal here: any part of a piece
+    that fits also fits."""
     source_lengths, target_lengths = lengths.T
     ends, start = [], 0
     while start < len(lengths):
         longest_source = source_lengths[start]
-        most = token_limit[0] // max(1, longest_source)
-        longest_target = np.maximum.accumulate(target_lengths[start : start + most])
+        max_examples = max(1, token_limit[0] // max(1, longest_source))
+        longest_target = np.maximum.accumulate(target_lengths[start : start + max_examples])
         sizes = np.arange(1, len(longest_target) + 1)
         fits = micro_batch_cost(sizes, longest_source, longest_target) <= cost_limit
         fits &= sizes * longest_target <= token_limit[1]
-        start += int(np.count_nonzero(fits))
+        start += max(1, int(np.count_nonzero(fits)))  # an example over the limit stands alone
         ends.append(start)
     return ends
 
 
 def piece_costs(lengths: np.ndarray, ends: list[int]) -> np.ndarray:
-    """(pieces,)"""
+    """(pieces,): the cost of each."""
     starts = [0, *ends[:-1]]
     return micro_batch_cost(np.subtract(ends, starts), *np.maximum.reduceat(lengths, starts).T)
 
