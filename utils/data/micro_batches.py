@@ -41,7 +41,8 @@ def plan_ranks(
     examples: np.ndarray, lengths: np.ndarray, world: int, token_limit: np.ndarray, launch_cost: float
 ) -> list[list[np.ndarray]]:
     """`plan[rank][turn]`: the micro-batches of every rank. The costliest come first, so that those of a turn cost
-    about the same, and within a turn the costliest goes to the rank with the least work so far."""
+    about the same, and within a turn the costliest goes to the rank with the least work so far. A single rank waits
+    for no other: its cut is the cheapest in all."""
     source_lengths, target_lengths = lengths[examples].T
     longest_first = examples[np.lexsort((examples, -target_lengths, -source_lengths))]
     if world == 1:
@@ -127,7 +128,7 @@ def pack(lengths: np.ndarray, token_limit: np.ndarray, cost_limit: float = math.
     ends, start = [], 0
     while start < len(lengths):
         longest_source = source_lengths[start]
-        max_examples = max(1, token_limit[0] // max(1, longest_source))
+        max_examples = token_limit[0] // max(1, longest_source)
         longest_target = np.maximum.accumulate(target_lengths[start : start + max_examples])
         sizes = np.arange(1, len(longest_target) + 1)
         fits = micro_batch_cost(sizes, longest_source, longest_target) <= cost_limit
