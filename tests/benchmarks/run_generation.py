@@ -3,9 +3,8 @@
     python tests/benchmarks/run_generation.py MODEL TEST_FILE {ours,trainer,notebook} BEAMS ROWS [DTYPE [TOKENS]]
 
 ROWS is all, distinct, or N for every Nth row. DTYPE is for ours, fp32 by default; every text has TOKENS tokens, or at
-most 128 if none are given.
-Timed from rows to texts, after one row to warm up; neither loading nor, for the Trainer, tokenising is
-counted; the Trainer gets no labels, with which it would compute a loss as well.
+most 128 if none are given. Timed from rows to texts, after one row to warm up; neither loading nor, for the Trainer,
+tokenising is counted; the Trainer gets no labels, with which it would compute a loss as well.
 """
 
 import csv
