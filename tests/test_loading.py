@@ -22,6 +22,12 @@ from utils.modeling.loading import load_model, load_tokenizer
 from utils.modeling.lora import add_lora
 
 
+def test_an_adapter_is_trained_in_fp32_on_a_base_that_stays_in_bf16(flan_t5):
+    model = add_lora(load_model(str(flan_t5), "sdpa", torch.bfloat16), LoraTrainingConfig())
+    dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_lora_settings_reach_the_adapter(flan_t5):
     config = LoraTrainingConfig(lora_r=3, lora_alpha=6, lora_dropout=0.25, lora_target_modules=["q", "wo"])
     model = add_lora(load_model(str(flan_t5), "sdpa", torch.float32), config)
